@@ -1,0 +1,43 @@
+# The two commands of the README, `make quickstart` and `make test`, both from a bare clone.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# No telemetry and no hub traffic: everything the quickstart and the tests need is installed or made.
+export HF_HUB_OFFLINE := 1
+export AXOLOTL_DO_NOT_TRACK := 1
+export DO_NOT_TRACK := 1
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: install quickstart test lint format benchmark clean
+
+# The stamp is written last: an interrupted install is not taken for a finished one.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else \
+	    "make install needs Python 3.11 (constraints.txt was tested with it), found %d.%d; \
+	try: make PYTHON=python3.11 ..." % sys.version_info[:2])'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed \
+	    -c constraints.txt -e ".[dev]"
+	touch $@
+
+install: $(VENV)/.installed
+
+quickstart: install
+	$(BIN)/python quickstart/run.py
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+benchmark: install
+	$(BIN)/python benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) quickstart/cache quickstart/output quickstart/result.json

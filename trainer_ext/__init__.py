@@ -1,0 +1,34 @@
+"""Structured-pruning-based sparse fine-tuning for the Hugging Face Trainer.
+
+Importing this package registers SPFT with PEFT. It needs torch, transformers, accelerate, peft and
+safetensors only.
+"""
+
+from .calibration import measure_importance, select_by_scores, select_neurons
+from .config import SpftConfig
+from .errors import SpftError
+from .importance.scores import ImportanceScores
+from .selection import NeuronSelection, apply_selection, current_selection
+from .trainer import SpftCallback, SpftTrainer, SpftTrainerMixin
+from .tuner.layer import SpftLinear
+from .tuner.model import SpftModel
+from .tuner.registration import register_spft
+
+register_spft()
+
+__all__ = [
+    "ImportanceScores",
+    "NeuronSelection",
+    "SpftCallback",
+    "SpftConfig",
+    "SpftError",
+    "SpftLinear",
+    "SpftModel",
+    "SpftTrainer",
+    "SpftTrainerMixin",
+    "apply_selection",
+    "current_selection",
+    "measure_importance",
+    "select_by_scores",
+    "select_neurons",
+]

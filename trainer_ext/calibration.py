@@ -1,0 +1,198 @@
+"""Runs calibration batches through a model and turns importance scores into a selection."""
+
+from __future__ import annotations
+
+import random
+import re
+import time
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+from .errors import SpftError
+from .importance import METRIC_CLASSES
+from .importance.scores import ImportanceScores
+from .selection import NeuronSelection, apply_selection, check_same_layers, select_top
+from .tuner.model import spft_layers
+
+# Attributes that make a forward in train mode random: every kind of dropout, NEFTune's noise,
+# the jitter of routers.
+_RANDOM_FORWARD = re.compile(r"drop|neftune_noise_alpha|jitter_noise")
+
+# Runs one optimizer step's data: forward, and with True also backward.
+RunBatch = Callable[[bool], None]
+
+
+def measure_importance(
+    model: nn.Module,
+    batches: Iterable[RunBatch] = (),
+    adapter_name: str = "default",
+) -> ImportanceScores:
+    """Score every neuron of the adapter's layers by the metric of its configuration.
+
+    The model is left as it was: mode, random states, gradients and requires_grad flags.
+
+    Args:
+        model: a PEFT model with an SPFT adapter, not wrapped by an engine.
+        batches: for metrics that need data, one callable a batch.
+
+    Raises:
+        SpftError: the metric needs data and there was none.
+    """
+    config = model.peft_config[adapter_name]
+    layers = spft_layers(model, adapter_name)
+    metric = METRIC_CLASSES[config.importance](layers, seed=config.seed)
+    started = time.perf_counter()
+    count = 0
+    if metric.needs_data:
+        with calibration_mode(model, layers), metric.attached():
+            for run_batch in batches:
+                metric.observe(run_batch)
+                count += 1
+        if not count:
+            raise SpftError(
+                f"importance {config.importance!r} needs data but there was no calibration batch; "
+                "give batches, or use importance: magnitude"
+            )
+    return ImportanceScores(
+        scores=metric.scores(),
+        metric=config.importance,
+        batches=count,
+        seconds=time.perf_counter() - started,
+        silent_layers=metric.silent_layers() if count else [],
+    )
+
+
+def select_by_scores(
+    model: nn.Module, scores: ImportanceScores, adapter_name: str = "default"
+) -> NeuronSelection:
+    """Select the highest-scoring neurons and fill them into the adapter.
+
+    Raises:
+        SpftError: the scores are not those of the adapter's layers, or not finite.
+    """
+    config = model.peft_config[adapter_name]
+    layers = spft_layers(model, adapter_name)
+    sizes = {name: layer.out_features for name, layer in layers.items()}
+    check_same_layers("the importance scores", scores.out_features, "the adapter", sizes)
+    neurons = {name: config.neurons_of(name, size) for name, size in sizes.items()}
+    selection = select_top(scores.scores, neurons)
+    apply_selection(model, selection, adapter_name)
+    return selection
+
+
+def select_neurons(
+    model: nn.Module,
+    batches: Iterable[dict] = (),
+    loss: Callable[[nn.Module, dict], torch.Tensor] | None = None,
+    adapter_name: str = "default",
+) -> NeuronSelection:
+    """Select an adapter's neurons in one call, for training loops of your own.
+
+    Args:
+        model: a PEFT model with a fresh SPFT adapter.
+        batches: for metrics that need data: model inputs, one dict a batch.
+        loss: loss of the model on a batch; default `model(**batch).loss`.
+
+    Raises:
+        SpftError: the metric needs data and `batches` is empty, or a score is not finite.
+    """
+    loss = loss or (lambda model, batch: model(**batch).loss)
+
+    def run(batch: dict) -> RunBatch:
+        def run_batch(backward: bool) -> None:
+            value = loss(model, batch)
+            if backward:
+                value.backward()
+
+        return run_batch
+
+    if model.peft_config[adapter_name].importance_file:
+        scores = ImportanceScores.load(model.peft_config[adapter_name].importance_file)
+    else:
+        scores = measure_importance(model, (run(b) for b in batches), adapter_name)
+    return select_by_scores(model, scores, adapter_name)
+
+
+@contextmanager
+def calibration_mode(model: nn.Module, layers: dict):
+    """Train mode without randomness and without trainable parameters, undone on exit.
+
+    Train mode because activation checkpointing is off in eval mode. What the loss itself flips
+    (DPO's reference forward switches requires_grad back on) is restored too.
+    """
+    modules = list(model.modules())
+    training = [module.training for module in modules]
+    requires_grad = [(p, p.requires_grad) for p in model.parameters()]
+    random_state = _random_state()
+    silenced = _silence(modules)
+    embedding_hook = _require_input_grads(model)
+    try:
+        model.train()
+        for module in modules:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()  # its running statistics are part of the model
+        for parameter, _ in requires_grad:
+            parameter.requires_grad_(False)
+        for layer in layers.values():
+            layer.calibrating = True
+        yield
+    finally:
+        for layer in layers.values():
+            layer.calibrating = False
+        if embedding_hook is not None:
+            embedding_hook.remove()
+        for owner, name, value in silenced:
+            setattr(owner, name, value)
+        for parameter, flag in requires_grad:
+            parameter.requires_grad_(flag)
+        for module, mode in zip(modules, training, strict=True):
+            module.training = mode
+        _restore_random_state(random_state)
+
+
+def _silence(modules: list[nn.Module]) -> list[tuple[object, str, float]]:
+    """Set everything that makes a forward random to zero; returns what to set back."""
+    owners = [*modules, *{id(c): c for m in modules if (c := getattr(m, "config", None))}.values()]
+    silenced = []
+    for owner in owners:
+        names = [n for n in vars(owner) if _RANDOM_FORWARD.search(n)]
+        if isinstance(owner, nn.modules.dropout._DropoutNd):
+            names.append("p")
+        for name in names:
+            value = getattr(owner, name)
+            if isinstance(value, float) and value:
+                silenced.append((owner, name, value))
+                setattr(owner, name, 0.0)
+    return silenced
+
+
+def _require_input_grads(model: nn.Module):
+    """Let the embeddings' output require a gradient: reentrant checkpointing drops the graph of
+    blocks whose input does not."""
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embeddings is None:
+        return None
+
+    def hook(module, inputs, output):
+        if torch.is_grad_enabled() and output.is_floating_point() and output.is_leaf:
+            output.requires_grad_(True)
+
+    return embeddings.register_forward_hook(hook)
+
+
+def _random_state() -> tuple:
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
+
+
+def _restore_random_state(state: tuple) -> None:
+    python, numpy, cpu, cuda = state
+    random.setstate(python)
+    np.random.set_state(numpy)
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state_all(cuda)

@@ -1,0 +1,156 @@
+"""SpftConfig: what an SPFT adapter is, as a PEFT configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from .errors import SpftError
+from .peft_type import add_peft_type
+
+DEFAULT_R = 64
+METRICS = ("magnitude", "group_taylor", "random")
+AXES = ("rows",)
+
+
+@dataclass
+class SpftConfig(PeftConfig):
+    """Configuration of structured-pruning-based sparse fine-tuning (arXiv 2502.11439).
+
+    In every targeted linear layer, `r` output neurons (rows of the weight) are selected by an
+    importance metric and only their weights are trained. The fields are the YAML keys of the
+    Axolotl plugin without their `spft_` prefix.
+
+    Raises:
+        SpftError: a field's value is not allowed, or `r` and `density` are both given.
+    """
+
+    r: int | None = field(
+        default=None,
+        metadata={"help": f"Neurons to train in each layer, at least 1. Default {DEFAULT_R}."},
+    )
+    density: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of each layer's neurons to train, in (0, 1], instead of `r`; rounded to "
+            "the nearest number of neurons, at least one."
+        },
+    )
+    importance: str = field(
+        default="group_taylor",
+        metadata={"help": f"Importance metric: one of {', '.join(METRICS)}."},
+    )
+    calibration_batches: int = field(
+        default=8,
+        metadata={
+            "help": "Batches over which a data-driven metric is averaged. One batch is the data of "
+            "one optimizer step: all accumulation steps on all processes."
+        },
+    )
+    importance_file: str | None = field(
+        default=None,
+        metadata={
+            "help": "Scores of an earlier calibration (spft_importance.safetensors): select by "
+            "them instead of calibrating."
+        },
+    )
+    axis: str = field(
+        default="rows",
+        metadata={"help": "What a neuron is: `rows`, an output neuron with its input weights."},
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers to train: names, a regular expression, or None for every linear layer "
+            "of the language model but the head, routers and vision towers."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regular expression of layers to leave out."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the transformer blocks to train; None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the block list that `layers_to_transform` counts in."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained and saved whole beside the selected neurons."},
+    )
+    seed: int = field(
+        default=42, metadata={"help": "Seed of the `random` metric; others do not use it."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("SPFT")
+        # JSON has no sets, and a saved config must equal the one it came from.
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (set, tuple)):
+                setattr(self, name, sorted(value))
+        if self.r is None and self.density is None:
+            self.r = DEFAULT_R
+        check_budget(self.r, self.density)
+        check_choice("importance", self.importance, METRICS)
+        check_choice("axis", self.axis, AXES)
+        check_positive_int("calibration_batches", self.calibration_batches)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise SpftError(
+                f"layers_pattern is {self.layers_pattern!r} but layers_to_transform is not set; "
+                "set layers_to_transform to the block indices to train, or drop layers_pattern"
+            )
+
+    def neurons_of(self, layer: str, out_features: int) -> int:
+        """Number of neurons to train in a layer with `out_features` neurons.
+
+        Raises:
+            SpftError: `r` is larger than the layer.
+        """
+        if self.density is not None:
+            return max(1, int(self.density * out_features + 0.5))
+        if self.r > out_features:
+            raise SpftError(
+                f"r is {self.r} but layer {layer} has {out_features} neurons; lower r to at most "
+                f"{out_features}, use density, or list the layer in exclude_modules"
+            )
+        return self.r
+
+
+def check_budget(r: int | None, density: float | None, prefix: str = "") -> None:
+    """Refuse a budget that is contradictory or out of range.
+
+    Args:
+        prefix: what the user's front end puts before the key names (`spft_` in YAML).
+    """
+    if r is not None and density is not None:
+        raise SpftError(
+            f"{prefix}r is {r} and {prefix}density is {density}, but both set the number of "
+            "neurons; keep one of them"
+        )
+    if r is not None:
+        check_positive_int(f"{prefix}r", r)
+    if density is not None and (
+        isinstance(density, bool)
+        or not isinstance(density, (int, float))
+        or not 0.0 < density <= 1.0
+    ):
+        raise SpftError(
+            f"{prefix}density is {density!r}; allowed is a share of the neurons above 0 and up to "
+            "1, for example 0.05"
+        )
+
+
+def check_positive_int(key: str, value: object) -> None:
+    """Refuse anything but a whole number of at least 1 (booleans included)."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SpftError(f"{key} is {value!r}; allowed is a whole number of at least 1")
+
+
+def check_choice(key: str, value: object, allowed) -> None:
+    """Refuse a value that is not among `allowed`."""
+    if value not in tuple(allowed):
+        raise SpftError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")

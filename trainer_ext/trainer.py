@@ -1,0 +1,205 @@
+"""The callback that carries an SPFT run, and the trainers that attach it."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback
+
+from .calibration import measure_importance, select_by_scores
+from .config import SpftConfig
+from .distributed import refuse_unsupported_engine
+from .errors import SpftError
+from .importance import METRIC_CLASSES
+from .importance.scores import ImportanceScores
+from .peft_type import add_peft_type
+from .report import RunFigures, optimizer_state_bytes, write_report
+from .selection import check_same_layers
+from .trainer_batches import first_batches, untouched
+from .tuner.model import is_selected, spft_layers
+
+logger = logging.getLogger(__name__)
+
+IMPORTANCE_FILE = "spft_importance.safetensors"
+SELECTION_FILE = "spft_selection.safetensors"
+
+
+class SpftCallback(TrainerCallback):
+    """Selects the neurons when training begins and writes the report when it ends.
+
+    Works with any `transformers.Trainer` whose model is a PEFT model with an SPFT adapter:
+    `trainer.add_callback(SpftCallback(trainer))`. Selection happens once the engine is fully
+    prepared and only in a fresh adapter; a resumed or continued one keeps its neurons.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.scores: ImportanceScores | None = None
+        self._step_seconds: list[float] = []
+        self._step_started: float | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        refuse_unsupported_engine(self.trainer)
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+        adapter_name = active_spft_adapter(model)
+        self._step_seconds.clear()
+        if is_selected(model, adapter_name):
+            self.scores = self._scores_of_this_run(model, adapter_name)
+            return
+        config = model.peft_config[adapter_name]
+        if config.importance_file:
+            self.scores = ImportanceScores.load(config.importance_file)
+            _warn_if_metric_differs(config, self.scores)
+        else:
+            self.scores = self._calibrate(model, adapter_name, config)
+        selection = select_by_scores(model, self.scores, adapter_name)
+        if self.trainer.is_world_process_zero():
+            self.scores.save(Path(args.output_dir) / IMPORTANCE_FILE)
+            selection.save(Path(args.output_dir) / SELECTION_FILE)
+        logger.info(
+            "SPFT selected %d neurons in %d layers by %s (%d batches, %.1f s)",
+            sum(index.numel() for index in selection.index.values()),
+            len(selection.index),
+            self.scores.metric,
+            self.scores.batches,
+            self.scores.seconds,
+        )
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        self._step_started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if self._step_started is not None:
+            self._step_seconds.append(time.perf_counter() - self._step_started)
+            self._step_started = None
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        if not self.trainer.is_world_process_zero():
+            return
+        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+        adapter_name = active_spft_adapter(model)
+        figures = RunFigures(
+            step_seconds=statistics.median(self._step_seconds) if self._step_seconds else None,
+            steps_timed=len(self._step_seconds),
+            optimizer_state_bytes=optimizer_state_bytes(self.trainer.optimizer),
+            log_history=state.log_history,
+        )
+        write_report(args.output_dir, model, adapter_name, self.scores, figures)
+
+    def _calibrate(self, model, adapter_name: str, config: SpftConfig) -> ImportanceScores:
+        if not METRIC_CLASSES[config.importance].needs_data:
+            return measure_importance(model, (), adapter_name)
+        trainer, count = self.trainer, config.calibration_batches
+        bar = tqdm(
+            total=count,
+            desc=f"SPFT calibration ({config.importance})",
+            disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
+        )
+        with bar, untouched(trainer):
+
+            def batches():
+                for run_batch in first_batches(trainer, count):
+                    yield run_batch
+                    bar.update()
+
+            scores = measure_importance(model, batches(), adapter_name)
+        if scores.batches < count:
+            logger.warning(
+                "SPFT calibrated on %d batches instead of calibration_batches = %d: one epoch of "
+                "the training data holds no more",
+                scores.batches,
+                count,
+            )
+        if scores.silent_layers:
+            logger.warning(
+                "the calibration data never reached %d of the targeted layers (no gradient), first "
+                "%s; their neurons are chosen by position. Exclude them, or calibrate on more data",
+                len(scores.silent_layers),
+                scores.silent_layers[0],
+            )
+        return scores
+
+    def _scores_of_this_run(self, model, adapter_name: str) -> ImportanceScores | None:
+        """Scores of the interrupted run that is being resumed, for its report."""
+        path = Path(self.trainer.args.output_dir) / IMPORTANCE_FILE
+        if self.trainer.state.global_step == 0 or not path.is_file():
+            return None
+        scores = ImportanceScores.load(path)
+        sizes = {n: layer.out_features for n, layer in spft_layers(model, adapter_name).items()}
+        check_same_layers(str(path), scores.out_features, "the adapter", sizes)
+        return scores
+
+
+def _warn_if_metric_differs(config: SpftConfig, scores: ImportanceScores) -> None:
+    if scores.metric != config.importance:
+        logger.warning(
+            "importance_file %s holds %s scores although importance is %s; its scores are used",
+            config.importance_file,
+            scores.metric,
+            config.importance,
+        )
+
+
+def active_spft_adapter(model) -> str:
+    """Name of the SPFT adapter that is active in a PEFT model.
+
+    Raises:
+        SpftError: there is none, or more than one.
+    """
+    configs = getattr(model, "peft_config", {})
+    active = [
+        name
+        for name in getattr(model, "active_adapters", [])
+        if getattr(configs.get(name), "peft_type", None) == add_peft_type("SPFT")
+    ]
+    if len(active) != 1:
+        raise SpftError(
+            f"{type(model).__name__} has {len(active)} active SPFT adapters; training needs "
+            "exactly one: pass spft_config to SpftTrainer, or wrap the model with "
+            "peft.get_peft_model(model, SpftConfig(...))"
+        )
+    return active[0]
+
+
+class SpftTrainerMixin:
+    """Makes any `transformers.Trainer` subclass train by SPFT; put it first among the bases.
+
+    Args:
+        spft_config: wrap the bare model with this configuration. Leave it out for a model that is
+            a PEFT model with an SPFT adapter already. All other arguments are the trainer's own.
+
+    Raises:
+        SpftError: `spft_config` is given for a model that already is a PEFT model.
+    """
+
+    def __init__(self, model=None, args=None, *more, spft_config: SpftConfig | None = None, **kw):
+        if spft_config is not None:
+            model = _wrap(model, spft_config)
+            if args is not None and args.gradient_checkpointing:
+                # Reentrant checkpointing drops the graph of blocks whose input needs no gradient.
+                model.enable_input_require_grads()
+        super().__init__(model, args, *more, **kw)
+        self.add_callback(SpftCallback(self))
+
+
+def _wrap(model, config: SpftConfig) -> PeftModel:
+    if isinstance(model, PeftModel):
+        raise SpftError(
+            "spft_config is given but the model is a PEFT model already; pass the base model, or "
+            "leave spft_config out"
+        )
+    if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
+        config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM find the adapter's class
+    return get_peft_model(model, config)
+
+
+class SpftTrainer(SpftTrainerMixin, Trainer):
+    """`transformers.Trainer` that trains the selected neurons only.
+
+    `SpftTrainer(model, args, train_dataset=..., spft_config=SpftConfig(r=64)).train()`
+    """

@@ -1,0 +1,164 @@
+"""A trainer's own loss on its own first batches, without leaving a trace in it."""
+
+from __future__ import annotations
+
+import copy
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch.utils.data import IterableDataset
+
+from .calibration import RunBatch
+from .errors import SpftError
+
+_SCALARS = (int, float, complex, str, bytes, bool, type(None))
+
+
+def first_batches(trainer, count: int) -> Iterator[RunBatch]:
+    """The data of the trainer's first optimizer steps as calibration batches.
+
+    They are what training will see: same data loader, order, collator and accumulation. Call
+    inside `untouched(trainer)`.
+
+    Args:
+        count: batches at most; fewer if one epoch holds fewer.
+
+    Raises:
+        SpftError: the dataset is a one-shot stream, whose data training would then miss.
+    """
+    loader = trainer.callback_handler.train_dataloader
+    if hasattr(loader, "set_epoch"):
+        loader.set_epoch(int(trainer.state.epoch or 0))
+    iterator = iter(loader)
+    if _may_be_one_shot(trainer.train_dataset):
+        first = next(iterator, None)
+        iterator = iter(loader)
+        again = next(iterator, None)
+        if not _same_batch(first, again):
+            raise SpftError(
+                "the training dataset is a stream that does not start over, so calibrating on it "
+                "would take batches away from training; give spft_importance_file / "
+                "SpftConfig(importance_file=...), use a data-free importance (magnitude), or make "
+                "the dataset's __iter__ start from the beginning"
+            )
+        iterator = iter(loader)
+    for _ in range(count):
+        micro_batches, num_items = trainer.get_batch_samples(
+            iterator, trainer.args.gradient_accumulation_steps, trainer.args.device
+        )
+        if not micro_batches:
+            return
+        yield _run_optimizer_step(trainer, micro_batches, num_items)
+
+
+def _run_optimizer_step(trainer, micro_batches: list, num_items) -> RunBatch:
+    # The bare module: an engine's wrapper would start its gradient machinery.
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+
+    def run_batch(backward: bool) -> None:
+        trainer.current_gradient_accumulation_steps = len(micro_batches)
+        for micro_batch in micro_batches:
+            # compute_loss may take entries out of its inputs, and the batch may be run again.
+            inputs = trainer._prepare_inputs(
+                dict(micro_batch) if isinstance(micro_batch, Mapping) else micro_batch
+            )
+            with trainer.compute_loss_context_manager():
+                loss = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
+            # Trainer.training_step's own normalisation, which compute_loss does not include
+            if (
+                not trainer.model_accepts_loss_kwargs or num_items is None
+            ) and trainer.compute_loss_func is None:
+                loss = loss / len(micro_batches)
+            if backward:
+                loss.backward()
+
+    return run_batch
+
+
+def _may_be_one_shot(dataset) -> bool:
+    if not isinstance(dataset, IterableDataset):
+        return False
+    # Hugging Face's iterable datasets start over by contract, and filling their shuffle buffers
+    # twice more would cost minutes.
+    return not type(dataset).__module__.startswith("datasets.")
+
+
+def _same_batch(a, b) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_same_batch(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same_batch, a, b))
+    return a == b
+
+
+@contextmanager
+def untouched(trainer):
+    """Put the trainer's own bookkeeping back on exit: metrics, state, data loader references.
+
+    Trainers count tokens, collect rewards and log entropies inside their loss. Whatever plain data
+    they keep in themselves or in their state is restored, in place, to what it was.
+    """
+    accelerator = trainer.accelerator
+    gradient_state = accelerator.gradient_state
+    loader = trainer.callback_handler.train_dataloader
+    kept = [
+        _PlainState(trainer),
+        _PlainState(trainer.state),
+        # Only numbers: the list of a packing sampler's batches is long and is made anew anyway.
+        _PlainState(loader, _SCALARS),
+        _PlainState(getattr(loader, "batch_sampler", None), _SCALARS),
+    ]
+    loaders = list(accelerator._dataloaders)
+    references = list(gradient_state.dataloader_references)
+    sync_gradients = gradient_state.sync_gradients
+    try:
+        yield
+    finally:
+        for state in kept:
+            state.restore()
+        accelerator._dataloaders[:] = loaders
+        gradient_state.dataloader_references[:] = references
+        gradient_state._set_sync_gradients(sync_gradients)
+
+
+class _PlainState:
+    """The attributes of an object that are numbers, strings, tensors in containers, and so on."""
+
+    def __init__(self, owner, kinds: tuple = (*_SCALARS, dict, list, set, tuple, deque)) -> None:
+        self.owner = owner
+        self.kinds = kinds
+        self.saved = {n: copy.deepcopy(v) for n, v in self._plain().items()}
+
+    def _plain(self) -> dict:
+        attributes = getattr(self.owner, "__dict__", {})
+        return {n: v for n, v in attributes.items() if isinstance(v, self.kinds) and _is_plain(v)}
+
+    def restore(self) -> None:
+        attributes = getattr(self.owner, "__dict__", {})
+        for name in set(self._plain()) - set(self.saved):
+            del attributes[name]
+        for name, old in self.saved.items():
+            current = attributes.get(name)
+            # In place where possible: others may hold the same container.
+            if isinstance(old, (dict, set)) and type(current) is type(old):
+                current.clear()
+                current.update(old)
+            elif isinstance(old, (list, deque)) and type(current) is type(old):
+                current.clear()
+                current.extend(old)
+            else:
+                attributes[name] = old
+
+
+def _is_plain(value) -> bool:
+    if isinstance(value, (*_SCALARS, torch.Tensor)):
+        return True
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.keys())) and all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, set, deque)):
+        return all(map(_is_plain, value))
+    return False

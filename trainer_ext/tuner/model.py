@@ -1,0 +1,101 @@
+"""SpftModel: puts SpftLinear layers into a model and keeps track of their selection."""
+
+from __future__ import annotations
+
+import re
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from ..errors import SpftError
+from .layer import NeuronDelta, SpftLinear
+from .targets import default_target_modules, refuse_tied_target
+
+# What PEFT, torch.compile, DDP and activation checkpointing put before or into module names.
+_WRAPPER_NAMES = re.compile(
+    r"^(base_model\.model\.|module\.)+|_orig_mod\.|_checkpoint_wrapped_module\."
+)
+
+
+class SpftModel(BaseTuner):
+    """PEFT tuner of structured-pruning-based sparse fine-tuning (arXiv 2502.11439).
+
+    Created by `peft.get_peft_model(model, SpftConfig(...))`. A fresh adapter is the identity; its
+    neurons are selected later, by `SpftCallback` at the beginning of training or by
+    `trainer_ext.select_neurons`.
+    """
+
+    prefix = "spft_"
+    tuner_layer_cls = SpftLinear
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config, model_config):
+        if peft_config.target_modules in (None, "all-linear"):
+            peft_config.target_modules = default_target_modules(self.model)
+        return peft_config
+
+    def _create_and_replace(
+        self,
+        peft_config,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, SpftLinear):
+            target.update_layer(adapter_name, peft_config, current_key)
+            return
+        refuse_tied_target(self.model, current_key, target)
+        layer = SpftLinear(target, adapter_name, peft_config, current_key)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+
+def spft_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SpftLinear]:
+    """The model's SPFT layers that carry the adapter, by their names in the base model.
+
+    Wrappers (PEFT, DDP, torch.compile) may surround the model; their prefixes are left out.
+
+    Raises:
+        SpftError: no layer carries the adapter.
+    """
+    layers = {
+        _WRAPPER_NAMES.sub("", name): module
+        for name, module in model.named_modules()
+        if isinstance(module, SpftLinear) and adapter_name in module.spft_delta
+    }
+    if not layers:
+        raise SpftError(
+            f"the model has no SPFT adapter named {adapter_name!r}; "
+            "wrap it with peft.get_peft_model(model, SpftConfig(...)) first"
+        )
+    return layers
+
+
+def deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, NeuronDelta]:
+    """The compact updates of an adapter, by the names of their layers in the base model."""
+    return {
+        name: layer.spft_delta[adapter_name]
+        for name, layer in spft_layers(model, adapter_name).items()
+    }
+
+
+def is_selected(model: nn.Module, adapter_name: str = "default") -> bool:
+    """Whether the adapter's neurons have been selected.
+
+    Raises:
+        SpftError: they are selected in some layers only, as after loading a damaged adapter.
+    """
+    by_state: dict[bool, list[str]] = {True: [], False: []}
+    for name, delta in deltas(model, adapter_name).items():
+        by_state[delta.is_selected].append(name)
+    if by_state[True] and by_state[False]:
+        raise SpftError(
+            f"adapter {adapter_name!r} has selected neurons in {len(by_state[True])} layers but "
+            f"none in {len(by_state[False])}, first {by_state[False][0]}; its file is incomplete, "
+            "load another checkpoint"
+        )
+    return bool(by_state[True])

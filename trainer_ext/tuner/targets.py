@@ -1,0 +1,70 @@
+"""Which modules an SPFT adapter is put on when the user names none, and which it must not touch."""
+
+from __future__ import annotations
+
+import re
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from ..errors import SpftError
+from .layer import SpftLinear
+
+# Name parts of modules that are linear but not layers of the language model: routers choose
+# experts, vision and audio towers and their projectors feed it.
+NOT_LANGUAGE_MODEL = re.compile(
+    r"(^|\.)(router|gate|shared_expert_gate|vision\w*|visual|audio\w*|multi_modal_projector"
+    r"|mm_projector|image_newline)(\.|$)"
+)
+
+
+def default_target_modules(model: nn.Module) -> list[str]:
+    """Names of every linear layer of the language model but the head.
+
+    Raises:
+        SpftError: the model has no such layer.
+    """
+    heads = [m for m in (_output_embeddings(model), *_classification_heads(model)) if m is not None]
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D, SpftLinear))
+        and not any(module is head for head in heads)
+        and not NOT_LANGUAGE_MODEL.search(name)
+        and ".base_layer" not in name
+    ]
+    if not names:
+        raise SpftError(
+            f"{type(model).__name__} has no linear layer that SPFT trains by default; "
+            "name the layers in target_modules"
+        )
+    return names
+
+
+def refuse_tied_target(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Refuse a target that shares its weight with the input embeddings.
+
+    Raises:
+        SpftError: training a row of the head would change the embedding of that token too.
+    """
+    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(module, "weight", None)
+    if embeddings is None or weight is None or module is embeddings:
+        return
+    if weight is getattr(embeddings, "weight", None):
+        raise SpftError(
+            f"target_modules matches {name}, whose weight is tied to the input embeddings: its "
+            "rows are tokens, and training one would move both; leave it out of target_modules, "
+            "or load the model with tie_word_embeddings=False"
+        )
+
+
+def _output_embeddings(model: nn.Module) -> nn.Module | None:
+    if not hasattr(model, "get_output_embeddings"):
+        return None
+    return model.get_output_embeddings()
+
+
+def _classification_heads(model: nn.Module) -> list[nn.Module]:
+    # transformers' names for the heads of sequence and token classification models
+    return [getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)]
