@@ -21,7 +21,7 @@ from .peft_type import add_peft_type
 from .report import RunFigures, optimizer_state_bytes, write_report
 from .selection import check_same_layers
 from .trainer_batches import first_batches, untouched
-from .tuner.model import is_selected, spft_layers
+from .tuner.model import default_task_type, is_selected, spft_layers
 
 logger = logging.getLogger(__name__)
 
@@ -193,8 +193,8 @@ def _wrap(model, config: SpftConfig) -> PeftModel:
             "spft_config is given but the model is a PEFT model already; pass the base model, or "
             "leave spft_config out"
         )
-    if config.task_type is None and type(model).__name__.endswith("ForCausalLM"):
-        config.task_type = "CAUSAL_LM"  # lets AutoPeftModelForCausalLM find the adapter's class
+    if config.task_type is None:
+        config.task_type = default_task_type(model)
     return get_peft_model(model, config)
 
 

@@ -34,6 +34,11 @@ class SpftModel(BaseTuner):
             peft_config.target_modules = default_target_modules(self.model)
         return peft_config
 
+    def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
+        # PEFT condenses long lists into a set, which JSON cannot hold.
+        if isinstance(config.target_modules, set):
+            config.target_modules = sorted(config.target_modules)
+
     def _create_and_replace(
         self,
         peft_config,
@@ -52,6 +57,22 @@ class SpftModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+
+def default_task_type(model: nn.Module) -> str | None:
+    """PEFT's task type for a transformers model, by its class name; None if it has none.
+
+    It lets the AutoPeftModel classes find the adapter's base class.
+    """
+    for suffix, task_type in (
+        ("ForCausalLM", "CAUSAL_LM"),
+        ("ForConditionalGeneration", "CAUSAL_LM"),
+        ("ForSequenceClassification", "SEQ_CLS"),
+        ("ForTokenClassification", "TOKEN_CLS"),
+    ):
+        if type(model).__name__.endswith(suffix):
+            return task_type
+    return None
 
 
 def spft_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, SpftLinear]:

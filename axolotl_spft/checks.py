@@ -1,0 +1,68 @@
+"""Axolotl keys that SPFT does not support: refused with the reason, never ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from trainer_ext import SpftError
+
+_NOT_YET = "is not supported with adapter: prune_spft yet"
+
+
+def _size_above_one(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 1
+
+
+# key -> (when it is refused, why and what to do)
+_REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
+    "load_in_4bit": (bool, f"a 4-bit base {_NOT_YET}; drop it, or use adapter: qlora"),
+    "load_in_8bit": (bool, f"an 8-bit base {_NOT_YET}; drop it, or use adapter: lora"),
+    "gptq": (bool, f"a GPTQ base {_NOT_YET}; use the unquantised model"),
+    "qat": (bool, f"quantisation-aware training {_NOT_YET}; drop it"),
+    "quantize_moe_experts": (bool, f"a quantised base {_NOT_YET}; drop it"),
+    "relora": (bool, "ReLoRA restarts re-initialise LoRA factors, which SPFT has none of; drop it"),
+    "loraplus_lr_ratio": (bool, "LoRA+ sets the rates of LoRA's A and B; drop it"),
+    "lora_mlp_kernel": (bool, "it computes LoRA's products and would skip SPFT's; drop it"),
+    "lora_qkv_kernel": (bool, "it computes LoRA's products and would skip SPFT's; drop it"),
+    "lora_o_kernel": (bool, "it computes LoRA's products and would skip SPFT's; drop it"),
+    "lora_embedding_kernel": (bool, "it computes LoRA's products; drop it"),
+    "lora_target_parameters": (bool, "SPFT trains linear layers, not bare parameters; drop it"),
+    "peft_use_dora": (bool, "DoRA is a variant of LoRA; drop it"),
+    "peft_layer_replication": (bool, f"layer replication {_NOT_YET}; drop it"),
+    "peft_trainable_token_indices": (
+        bool,
+        f"training single tokens {_NOT_YET}; use lora_modules_to_save for the embeddings",
+    ),
+    "lr_groups": (bool, f"a learning rate for each group {_NOT_YET}; use learning_rate alone"),
+    "deepspeed": (bool, f"DeepSpeed {_NOT_YET}; use one process or plain DDP"),
+    "fsdp": (bool, "FSDP1 is not supported with adapter: prune_spft; drop fsdp"),
+    "fsdp_config": (bool, f"FSDP {_NOT_YET}; use one process or plain DDP"),
+    "tensor_parallel_size": (_size_above_one, f"tensor parallelism {_NOT_YET}; set it to 1"),
+    "context_parallel_size": (_size_above_one, f"context parallelism {_NOT_YET}; set it to 1"),
+    "sequence_parallel_degree": (_size_above_one, f"sequence parallelism {_NOT_YET}; set it to 1"),
+    "expert_parallel_size": (_size_above_one, f"expert parallelism {_NOT_YET}; set it to 1"),
+    "rl": (bool, f"preference and reinforcement training {_NOT_YET}; use SFT data"),
+    "reward_model": (bool, f"reward modelling {_NOT_YET}; drop it"),
+    "process_reward_model": (bool, f"reward modelling {_NOT_YET}; drop it"),
+    "unfrozen_parameters": (
+        bool,
+        "it would train the base weights that SPFT keeps frozen; use lora_modules_to_save",
+    ),
+}
+
+
+def refuse_unsupported(cfg: dict) -> None:
+    """Check a raw YAML with `adapter: prune_spft`.
+
+    Raises:
+        SpftError: the first key that is not supported, its value and the reason.
+    """
+    for key, (is_refused, reason) in _REFUSED.items():
+        value = cfg.get(key)
+        if value is not None and is_refused(value):
+            raise SpftError(f"{key} is {value!r}: {reason}")
+    if cfg.get("merge_method") == "memory_efficient":
+        raise SpftError(
+            "merge_method is 'memory_efficient': Axolotl's shard-wise merge knows LoRA files only; "
+            "drop merge_method (SPFT uses legacy, which merges exactly)"
+        )
