@@ -18,7 +18,6 @@ class NeuronDelta(nn.Module):
         weight: (r, d_in), what is added to the selected rows; zero at the start.
         index: int64 (r,), the selected rows, ascending. Valid but meaningless until selected.
         selected: bool (), whether the index has been chosen. It is saved with the adapter.
-        is_selected: `selected` as a Python bool, so that no forward waits for a device.
     """
 
     def __init__(self, r: int, d_in: int) -> None:
@@ -26,7 +25,19 @@ class NeuronDelta(nn.Module):
         self.weight = nn.Parameter(torch.zeros(r, d_in))
         self.register_buffer("index", torch.arange(r, dtype=torch.int64))
         self.register_buffer("selected", torch.tensor(False))
-        self.is_selected = False
+        self._read_selected: tuple[torch.Tensor | None, int, bool] = (None, -1, False)
+
+    @property
+    def is_selected(self) -> bool:
+        """`selected` as a Python bool, read from the device only when the buffer has changed.
+
+        Every loader fills buffers in its own way, so the buffer itself is what counts.
+        """
+        buffer, version, value = self._read_selected
+        if buffer is not self.selected or version != self.selected._version:
+            value = bool(self.selected)
+            self._read_selected = (self.selected, self.selected._version, value)
+        return value
 
     def select(self, index: torch.Tensor) -> None:
         """Fill in which neurons the rows of `weight` belong to.
@@ -43,12 +54,6 @@ class NeuronDelta(nn.Module):
             raise SpftError("a selection must hold distinct neurons in ascending order")
         self.index.copy_(index)
         self.selected.fill_(True)
-        self.is_selected = True
-
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        if not self.selected.is_meta:
-            self.is_selected = bool(self.selected)
 
 
 class SpftLinear(nn.Module, BaseTunerLayer):
@@ -65,7 +70,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = linear_shape(self.get_base_layer())
+        self.in_features, self.out_features = linear_shape(self.get_base_layer(), name)
         self.is_conv1d = isinstance(self.get_base_layer(), Conv1D)
         self.spft_delta = nn.ModuleDict()
         self.merged_adapters: list[str] = []
@@ -106,7 +111,9 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             if adapter_name not in self.spft_delta:
                 continue
             delta = self.spft_delta[adapter_name]
-            if delta.is_selected:
+            # A compiled graph must not depend on the flag: it may be filled in after compiling.
+            # Adding an unselected adapter's zeros gives the same.
+            if torch.compiler.is_compiling() or delta.is_selected:
                 y = add_selected_outputs(y, x, delta.weight, delta.index)
             elif (
                 self.training
@@ -186,7 +193,12 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         return "spft." + super().__repr__()
 
 
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
+def is_linear(layer: nn.Module) -> bool:
+    """Whether SPFT can train neurons of the layer."""
+    return isinstance(layer, (nn.Linear, Conv1D))
+
+
+def linear_shape(layer: nn.Module, name: str) -> tuple[int, int]:
     """(d_in, d_out) of a supported linear layer.
 
     Raises:
@@ -197,6 +209,6 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     raise SpftError(
-        f"target_modules matches a {type(layer).__name__}; SPFT trains neurons of nn.Linear and "
-        "transformers' Conv1D, so narrow target_modules or list the module in exclude_modules"
+        f"target_modules matches {name}, a {type(layer).__name__}; SPFT trains neurons of "
+        "nn.Linear and transformers' Conv1D, so narrow target_modules or list it in exclude_modules"
     )

@@ -8,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..errors import SpftError
-from .layer import NeuronDelta, SpftLinear
+from .layer import NeuronDelta, SpftLinear, is_linear
 from .targets import default_target_modules, refuse_tied_target
 
 # What PEFT, torch.compile, DDP and activation checkpointing put before or into module names.
@@ -38,6 +38,7 @@ class SpftModel(BaseTuner):
         # PEFT condenses long lists into a set, which JSON cannot hold.
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
+        spft_layers(model, adapter_name)  # refuses a pattern that matched no linear layer
 
     def _create_and_replace(
         self,
@@ -52,6 +53,9 @@ class SpftModel(BaseTuner):
         if isinstance(target, SpftLinear):
             target.update_layer(adapter_name, peft_config, current_key)
             return
+        by_pattern = isinstance(peft_config.target_modules, str)
+        if by_pattern and not is_linear(target):
+            return  # a pattern such as .*mlp.* matches containers and activations too
         refuse_tied_target(self.model, current_key, target)
         layer = SpftLinear(target, adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
@@ -90,8 +94,8 @@ def spft_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Sp
     }
     if not layers:
         raise SpftError(
-            f"the model has no SPFT adapter named {adapter_name!r}; "
-            "wrap it with peft.get_peft_model(model, SpftConfig(...)) first"
+            f"the model has no linear layer with an SPFT adapter named {adapter_name!r}; wrap it "
+            "with peft.get_peft_model(model, SpftConfig(...)), and check target_modules"
         )
     return layers
 

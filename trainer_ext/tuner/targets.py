@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import SpftError
-from .layer import SpftLinear
+from .layer import SpftLinear, is_linear
 
 # Name parts of modules that are linear but not layers of the language model: routers choose
 # experts, vision and audio towers and their projectors feed it.
@@ -28,7 +27,7 @@ def default_target_modules(model: nn.Module) -> list[str]:
     names = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D, SpftLinear))
+        if (is_linear(module) or isinstance(module, SpftLinear))
         and not any(module is head for head in heads)
         and not NOT_LANGUAGE_MODEL.search(name)
         and ".base_layer" not in name

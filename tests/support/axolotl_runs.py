@@ -1,0 +1,272 @@
+"""Runs Axolotl's commands in this process on a tiny model, and shows what happened inside.
+
+Axolotl is not imported before the first run, so that tests of trainer_ext alone do not pay for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from unittest import mock
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny_models import byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM
+
+# Without these Axolotl phones home and waits for it, and writes a copy of the output to a file.
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "AXOLOTL_TEE_STDOUT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
+
+
+@dataclass(frozen=True)
+class Assets:
+    """A tiny model with its tokenizer, in fp32 and in bf16, and chat rows of differing length."""
+
+    model: Path
+    model_bf16: Path
+    train: Path
+    held: Path
+    text: Path
+
+    def base_model(self, folder: str | Path | None = None):
+        """The base model, loaded by transformers alone."""
+        return AutoModelForCausalLM.from_pretrained(folder or self.model, dtype="auto")
+
+
+def make_assets(folder: Path) -> Assets:
+    """Write model, tokenizer and data below `folder`."""
+    assets = Assets(
+        folder / "model",
+        folder / "model_bf16",
+        folder / "train.jsonl",
+        folder / "held.jsonl",
+        folder / "text.jsonl",
+    )
+    for path, dtype in ((assets.model, torch.float32), (assets.model_bf16, torch.bfloat16)):
+        tiny_model(dtype=dtype).save_pretrained(path)
+        byte_tokenizer().save_pretrained(path)
+    assets.train.write_text("".join(_chat_row(i) for i in range(48)))
+    assets.held.write_text("".join(_chat_row(i) for i in range(100, 108)))
+    assets.text.write_text("".join(json.dumps({"text": _answer(i)}) + "\n" for i in range(48)))
+    return assets
+
+
+def _answer(i: int) -> str:
+    return " ".join([WORDS[i % 5]] * (1 + i % 4))
+
+
+def _chat_row(i: int) -> str:
+    messages = [
+        {"role": "user", "content": f"say {WORDS[i % 5]} {i}"},
+        {"role": "assistant", "content": _answer(i)},
+    ]
+    return json.dumps({"messages": messages}) + "\n"
+
+
+def spft_yaml(assets: Assets, **changes) -> dict:
+    """A small SPFT configuration; a change to None removes the key."""
+    config = {
+        "base_model": str(assets.model),
+        "plugins": ["axolotl_spft.SPFTPlugin"],
+        "adapter": "prune_spft",
+        "spft_r": 4,
+        "spft_calibration_batches": 2,
+        "datasets": [{"path": str(assets.train), "type": "chat_template"}],
+        "dataset_prepared_path": str(assets.model.parent / "prepared"),
+        "sequence_len": 96,
+        "micro_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 2,
+        "learning_rate": 0.01,
+        "optimizer": "adamw_torch",
+        "lr_scheduler": "constant",
+        "bf16": False,
+        "fp16": False,
+        "tf32": False,
+        "attn_implementation": "sdpa",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "seed": 42,
+        **changes,
+    }
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def with_evaluation(assets: Assets, **changes) -> dict:
+    """Keys that add the held-out rows as the evaluation set."""
+    held = {"path": str(assets.held), "ds_type": "json", "type": "chat_template", "split": "train"}
+    return {"test_datasets": [held], **changes}
+
+
+@dataclass
+class Run:
+    """A training run that has ended.
+
+    Attributes:
+        out: its output_dir.
+        trainer: Axolotl's trainer.
+        batches: input_ids of every micro batch that was trained on, in order.
+        step_losses: loss of each of them.
+        calibration: input_ids of every micro batch that the loss was computed on outside training.
+    """
+
+    out: Path
+    trainer: object = None
+    batches: list[torch.Tensor] = field(default_factory=list)
+    step_losses: list[float] = field(default_factory=list)
+    calibration: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return adapter_tensors(self.out)
+
+    @property
+    def losses(self) -> list[float]:
+        return [entry["loss"] for entry in self.trainer.state.log_history if "loss" in entry]
+
+    @property
+    def eval_losses(self) -> list[float]:
+        history = self.trainer.state.log_history
+        return [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+
+    def watch(self, trainer) -> None:
+        """Record what the trainer computes its loss on."""
+        self.trainer = trainer
+        compute_loss, training_step = trainer.compute_loss, trainer.training_step
+        in_step = []
+
+        def recording_step(*args, **kwargs):
+            in_step.append(True)
+            try:
+                return training_step(*args, **kwargs)
+            finally:
+                in_step.pop()
+
+        def recording_loss(model, inputs, *args, **kwargs):
+            tokens = inputs["input_ids"].clone()
+            loss = compute_loss(model, inputs, *args, **kwargs)
+            if in_step:
+                self.batches.append(tokens)
+                self.step_losses.append(float(loss.detach()))
+            else:
+                self.calibration.append(tokens)
+            return loss
+
+        trainer.compute_loss, trainer.training_step = recording_loss, recording_step
+
+
+def train(config: dict, out: Path, on_trainer=None) -> Run:
+    """`axolotl train` of a configuration into `out`.
+
+    Args:
+        on_trainer: called with the trainer when it has been built.
+    """
+    from axolotl.cli.train import do_cli
+    from axolotl.integrations.base import PluginManager
+
+    run = Run(Path(out))
+    post_trainer_create = PluginManager.post_trainer_create
+
+    def and_watch(self, cfg, trainer):
+        post_trainer_create(self, cfg, trainer)
+        run.watch(trainer)
+        if on_trainer is not None:
+            on_trainer(trainer)
+
+    with mock.patch.object(PluginManager, "post_trainer_create", and_watch):
+        call(do_cli, config, out)
+    return run
+
+
+def call(do_cli, config: dict, out: Path, **kwargs):
+    """Call one of Axolotl's `do_cli` functions on a configuration, as its command line does."""
+    with mock.patch.object(sys, "argv", ["axolotl"]):
+        return do_cli(str(write_yaml(config, out)), **kwargs)
+
+
+def write_yaml(config: dict, out: Path) -> Path:
+    """Write the configuration beside `out`, with `out` as its output_dir."""
+    path = Path(f"{out}.yml")
+    path.write_text(yaml.safe_dump({"output_dir": str(out), **config}))
+    return path
+
+
+def adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "adapter_model.safetensors")
+
+
+def layers_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """An adapter file's tensors by layer name in the base model: weight, index, selected."""
+    layers: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        name, _, kind = key.removeprefix("base_model.model.").partition(".spft_delta.")
+        if kind:
+            layers.setdefault(name, {})[kind] = tensor
+    return layers
+
+
+def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two files hold the same bits under the same names."""
+    return a.keys() == b.keys() and all(
+        a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a
+    )
+
+
+@contextmanager
+def own_process_state():
+    """Undo what a run leaves in the process: plugins, environment, hooks, engine state.
+
+    Axolotl keeps its plugins in a singleton and talks to accelerate by environment variables.
+    """
+    environment, hook = dict(os.environ), sys.excepthook
+    handler, path = signal.getsignal(signal.SIGINT), list(sys.path)
+    os.environ.update(QUIET)
+    _import_once()
+    from accelerate.state import AcceleratorState, GradientState
+    from axolotl.integrations.base import PluginManager
+
+    try:
+        yield
+    finally:
+        manager = PluginManager.get_instance()
+        manager.plugins.clear()
+        manager.cfg = None
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        signal.signal(signal.SIGINT, handler)
+        sys.excepthook = hook
+        sys.path[:] = path
+        os.environ.clear()
+        os.environ.update(environment)
+
+
+_imported = False
+
+
+def _import_once() -> None:
+    global _imported
+    if _imported:
+        return
+    import axolotl.cli.train
+    import axolotl.train  # noqa: F401
+
+    # Axolotl collects garbage seven times a run; nothing that is here now needs looking through.
+    gc.collect()
+    gc.freeze()
+    _imported = True

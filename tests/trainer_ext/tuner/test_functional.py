@@ -1,0 +1,103 @@
+"""The delta path equals y + x (scatter(delta, index))ᵀ computed densely, forward and backward, and
+keeps x, delta and index alone for the backward, x as the very tensor that came in."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trainer_ext.tuner.functional import add_selected_outputs
+
+D_IN, D_OUT, R = 12, 20, 5
+
+
+def make(dtype=torch.float64, delta_dtype=None, leading=(2, 7)):
+    torch.manual_seed(0)
+    x = torch.randn(*leading, D_IN, dtype=dtype, requires_grad=True)
+    weight = torch.randn(D_OUT, D_IN, dtype=dtype)
+    delta = torch.randn(R, D_IN, dtype=delta_dtype or dtype, requires_grad=True)
+    index = torch.tensor([0, 3, 4, 11, 19])
+    return x, weight, delta, index
+
+
+def dense(x, weight, delta, index):
+    return x @ (weight + torch.zeros_like(weight).index_copy(0, index, delta.to(weight.dtype))).t()
+
+
+def delta_path(x, weight, delta, index):
+    return add_selected_outputs(torch.nn.functional.linear(x, weight), x, delta, index)
+
+
+@pytest.mark.parametrize("leading", [(7,), (2, 7), (2, 3, 4)])
+def test_forward_and_backward_equal_the_dense_layer(leading):
+    x, weight, delta, index = make(leading=leading)
+    expected, got = dense(x, weight, delta, index), delta_path(x, weight, delta, index)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(got, (x, delta), upstream),
+        torch.autograd.grad(expected, (x, delta), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck():
+    x, weight, delta, index = make(leading=(3,))
+    assert torch.autograd.gradcheck(lambda x, d: delta_path(x, weight, d, index), (x, delta))
+
+
+@pytest.mark.parametrize("frozen", ["x", "delta"])
+def test_only_what_is_asked_for_gets_a_gradient(frozen):
+    x, weight, delta, index = make()
+    (x if frozen == "x" else delta).requires_grad_(False)
+    delta_path(x, weight, delta, index).sum().backward()
+    assert (x.grad is None) == (frozen == "x")
+    assert (delta.grad is None) == (frozen == "delta")
+
+
+def test_bf16_layer_with_fp32_delta():
+    x, weight, delta, index = make(torch.bfloat16, torch.float32)
+    got = delta_path(x, weight, delta, index)
+    assert got.dtype == torch.bfloat16
+    got.float().sum().backward()
+    assert (x.grad.dtype, delta.grad.dtype) == (torch.bfloat16, torch.float32)
+    expected = dense(x.double(), weight.double(), delta.double(), index)
+    # three roundings to bf16 (2^-9 relative each): base output, extra output, their sum
+    scale = (x.double().abs() @ (weight.double().abs().t())).max()
+    assert (got.double() - expected).abs().max() <= 3 * 2**-9 * scale * 2
+
+
+def test_saves_the_input_itself_and_nothing_of_the_output_size():
+    x, weight, delta, index = make(leading=(50,))
+    y = torch.nn.functional.linear(x, weight)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = add_selected_outputs(y, x, delta, index)
+    assert out.data_ptr() == y.data_ptr()
+    assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in (x, delta, index))
+
+
+def test_two_layers_keep_one_copy_of_a_shared_input_under_autocast():
+    x, _, delta, index = make(torch.float32)
+    saved = []
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+            for _ in range(2):
+                y = torch.zeros(2, 7, D_OUT, dtype=torch.bfloat16)
+                add_selected_outputs(y, x, delta, index)
+    assert {t.data_ptr() for t in saved if t.shape == x.shape} == {x.data_ptr()}
+
+
+def test_compiled_equals_eager():
+    x, weight, delta, index = make(torch.float32)
+    compiled = torch.compile(delta_path, backend="aot_eager", fullgraph=True)
+    expected, got = delta_path(x, weight, delta, index), compiled(x, weight, delta, index)
+    torch.testing.assert_close(got, expected)
+    upstream = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(got, (x, delta), upstream),
+        torch.autograd.grad(expected, (x, delta), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
