@@ -16,7 +16,7 @@ from .errors import SpftError
 from .importance import METRIC_CLASSES
 from .importance.scores import ImportanceScores
 from .selection import NeuronSelection, apply_selection, check_same_layers, select_top
-from .tuner.model import spft_layers
+from .tuner.model import adapter_config, spft_layers
 
 # Attributes that make a forward in train mode random: every kind of dropout, NEFTune's noise,
 # the jitter of routers.
@@ -42,7 +42,7 @@ def measure_importance(
     Raises:
         SpftError: the metric needs data and there was none.
     """
-    config = model.peft_config[adapter_name]
+    config = adapter_config(model, adapter_name)
     layers = spft_layers(model, adapter_name)
     metric = METRIC_CLASSES[config.importance](layers, seed=config.seed)
     started = time.perf_counter()
@@ -74,7 +74,7 @@ def select_by_scores(
     Raises:
         SpftError: the scores are not those of the adapter's layers, or not finite.
     """
-    config = model.peft_config[adapter_name]
+    config = adapter_config(model, adapter_name)
     layers = spft_layers(model, adapter_name)
     sizes = {name: layer.out_features for name, layer in layers.items()}
     check_same_layers("the importance scores", scores.out_features, "the adapter", sizes)
@@ -110,8 +110,9 @@ def select_neurons(
 
         return run_batch
 
-    if model.peft_config[adapter_name].importance_file:
-        scores = ImportanceScores.load(model.peft_config[adapter_name].importance_file)
+    importance_file = adapter_config(model, adapter_name).importance_file
+    if importance_file:
+        scores = ImportanceScores.load(importance_file)
     else:
         scores = measure_importance(model, (run(b) for b in batches), adapter_name)
     return select_by_scores(model, scores, adapter_name)

@@ -53,8 +53,7 @@ class SpftCallback(TrainerCallback):
             return
         config = model.peft_config[adapter_name]
         if config.importance_file:
-            self.scores = ImportanceScores.load(config.importance_file)
-            _warn_if_metric_differs(config, self.scores)
+            self.scores = _scores_from_file(config, model, adapter_name)
         else:
             self.scores = self._calibrate(model, adapter_name, config)
         selection = select_by_scores(model, self.scores, adapter_name)
@@ -135,7 +134,13 @@ class SpftCallback(TrainerCallback):
         return scores
 
 
-def _warn_if_metric_differs(config: SpftConfig, scores: ImportanceScores) -> None:
+def _scores_from_file(config: SpftConfig, model, adapter_name: str) -> ImportanceScores:
+    try:
+        scores = ImportanceScores.load(config.importance_file)
+        sizes = {n: layer.out_features for n, layer in spft_layers(model, adapter_name).items()}
+        check_same_layers("the file", scores.out_features, "the adapter", sizes)
+    except SpftError as error:
+        raise SpftError(f"importance_file is {str(config.importance_file)!r}: {error}") from None
     if scores.metric != config.importance:
         logger.warning(
             "importance_file %s holds %s scores although importance is %s; its scores are used",
@@ -143,6 +148,7 @@ def _warn_if_metric_differs(config: SpftConfig, scores: ImportanceScores) -> Non
             scores.metric,
             config.importance,
         )
+    return scores
 
 
 def active_spft_adapter(model) -> str:
@@ -151,12 +157,12 @@ def active_spft_adapter(model) -> str:
     Raises:
         SpftError: there is none, or more than one.
     """
-    configs = getattr(model, "peft_config", {})
-    active = [
-        name
-        for name in getattr(model, "active_adapters", [])
-        if getattr(configs.get(name), "peft_type", None) == add_peft_type("SPFT")
-    ]
+    spft = add_peft_type("SPFT")
+    active = (
+        [name for name in model.active_adapters if model.peft_config[name].peft_type == spft]
+        if isinstance(model, PeftModel)
+        else []
+    )
     if len(active) != 1:
         raise SpftError(
             f"{type(model).__name__} has {len(active)} active SPFT adapters; training needs "

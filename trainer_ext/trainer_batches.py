@@ -121,7 +121,7 @@ def untouched(trainer):
         for state in kept:
             state.restore()
         accelerator._dataloaders[:] = loaders
-        gradient_state.dataloader_references[:] = references
+        gradient_state.dataloader_references = references  # a property: assign, not fill
         gradient_state._set_sync_gradients(sync_gradients)
 
 

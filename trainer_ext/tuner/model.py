@@ -8,8 +8,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..errors import SpftError
+from ..peft_type import add_peft_type
 from .layer import NeuronDelta, SpftLinear, is_linear
-from .targets import default_target_modules, refuse_tied_target
+from .targets import default_target_modules, refuse_no_target, refuse_tied_target
 
 # What PEFT, torch.compile, DDP and activation checkpointing put before or into module names.
 _WRAPPER_NAMES = re.compile(
@@ -31,7 +32,8 @@ class SpftModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config, model_config):
         if peft_config.target_modules in (None, "all-linear"):
-            peft_config.target_modules = default_target_modules(self.model)
+            peft_config.target_modules = default_target_modules(self.model, peft_config)
+        refuse_no_target(self.model, peft_config)
         return peft_config
 
     def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
@@ -98,6 +100,21 @@ def spft_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Sp
             "with peft.get_peft_model(model, SpftConfig(...)), and check target_modules"
         )
     return layers
+
+
+def adapter_config(model: nn.Module, adapter_name: str = "default"):
+    """The SpftConfig of an adapter.
+
+    Raises:
+        SpftError: the model has no SPFT adapter of that name.
+    """
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if getattr(config, "peft_type", None) != add_peft_type("SPFT"):
+        raise SpftError(
+            f"{type(model).__name__} has no SPFT adapter named {adapter_name!r}; wrap it with "
+            "peft.get_peft_model(model, SpftConfig(...))"
+        )
+    return config
 
 
 def deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, NeuronDelta]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
+from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 
 from ..errors import SpftError
@@ -17,8 +19,11 @@ NOT_LANGUAGE_MODEL = re.compile(
 )
 
 
-def default_target_modules(model: nn.Module) -> list[str]:
+def default_target_modules(model: nn.Module, config=None) -> list[str]:
     """Names of every linear layer of the language model but the head.
+
+    Args:
+        config: an SpftConfig whose `layers_to_transform` restricts the choice, if it has one.
 
     Raises:
         SpftError: the model has no such layer.
@@ -37,7 +42,45 @@ def default_target_modules(model: nn.Module) -> list[str]:
             f"{type(model).__name__} has no linear layer that SPFT trains by default; "
             "name the layers in target_modules"
         )
-    return names
+    return names if config is None else _in_chosen_blocks(names, config)
+
+
+def refuse_no_target(model: nn.Module, config) -> None:
+    """Refuse target_modules that match nothing, which PEFT answers with a bare ValueError.
+
+    Raises:
+        SpftError: names what was given and layers that there are.
+    """
+    problem = f"which leaves no module of {type(model).__name__}"
+    try:
+        if any(check_target_module_exists(config, name) for name, _ in model.named_modules()):
+            return
+    except re.error as error:
+        problem = f"which is not a regular expression ({error})"
+    given = [f"target_modules is {_shortened(config.target_modules)}"]
+    for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+        value = getattr(config, key)
+        if value is not None:
+            given.append(f"{key} is {_shortened(value)}")
+    endings = sorted({name.rpartition(".")[2] for name in default_target_modules(model)})
+    raise SpftError(
+        f"{' and '.join(given)}, {problem}; the linear layers are named {', '.join(endings)}"
+    )
+
+
+def _shortened(value) -> str:
+    if isinstance(value, list) and len(value) > 8:
+        return f"a list of {len(value)}"
+    return repr(value)
+
+
+def _in_chosen_blocks(names: list[str], config) -> list[str]:
+    """The names that `layers_to_transform` leaves: PEFT heeds it for endings of names only."""
+    if config.layers_to_transform is None:
+        return names
+    by_ending = copy.copy(config)
+    by_ending.target_modules = sorted({name.rpartition(".")[2] for name in names})
+    return [name for name in names if check_target_module_exists(by_ending, name)]
 
 
 def refuse_tied_target(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,0 +1,161 @@
+"""Every mistake in Python gets one SpftError of one line that names the key or file, what was seen
+and the mend."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import selected, wrapped
+from peft import LoraConfig, PeftModel, get_peft_model
+from tiny_models import batch, dataset, tiny_model
+from transformers import TrainingArguments
+
+from trainer_ext import (
+    ImportanceScores,
+    NeuronSelection,
+    SpftCallback,
+    SpftConfig,
+    SpftError,
+    SpftTrainer,
+    select_neurons,
+)
+
+
+def train(model, tmp_path, **more):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    SpftTrainer(model, arguments, train_dataset=dataset(8), **more).train()
+
+
+def save_scores(tmp_path, scores):
+    path = tmp_path / "scores.safetensors"
+    ImportanceScores(scores, "group_taylor").save(path)
+    return str(path)
+
+
+def not_a_scores_file(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    path.write_text("hello")
+    return str(path)
+
+
+def unsorted_selection():
+    layer = next(iter(wrapped().base_model.model.model.layers)).self_attn.q_proj
+    layer.spft_delta["default"].select(torch.tensor([3, 1, 2, 0]))
+
+
+# name -> (what the user does, given tmp_path; what the message must contain)
+CASES = {
+    "r and density": (lambda p: SpftConfig(r=4, density=0.1), ["r is 4", "density is 0.1", "one"]),
+    "r zero": (lambda p: SpftConfig(r=0), ["r is 0", "at least 1"]),
+    "r negative": (lambda p: SpftConfig(r=-3), ["r is -3", "at least 1"]),
+    "r a string": (lambda p: SpftConfig(r="8"), ["r is '8'", "whole number"]),
+    "r true": (lambda p: SpftConfig(r=True), ["r is True", "whole number"]),
+    "r a float": (lambda p: SpftConfig(r=1.5), ["r is 1.5", "whole number"]),
+    "density zero": (lambda p: SpftConfig(density=0.0), ["density is 0.0", "above 0"]),
+    "density above one": (lambda p: SpftConfig(density=1.5), ["density is 1.5", "up to 1"]),
+    "density a string": (lambda p: SpftConfig(density="5%"), ["density is '5%'", "0.05"]),
+    "unknown importance": (
+        lambda p: SpftConfig(importance="tylor"),
+        ["importance is 'tylor'", "group_taylor", "magnitude"],
+    ),
+    "unknown axis": (lambda p: SpftConfig(axis="columns"), ["axis is 'columns'", "rows"]),
+    "no calibration batches": (
+        lambda p: SpftConfig(calibration_batches=0),
+        ["calibration_batches is 0", "at least 1"],
+    ),
+    "layers_pattern alone": (
+        lambda p: SpftConfig(layers_pattern="layers"),
+        ["layers_pattern is 'layers'", "layers_to_transform"],
+    ),
+    "r larger than a layer": (
+        lambda p: wrapped(r=20),
+        ["r is 20", "model.layers.0.self_attn.k_proj", "16 neurons", "lower r"],
+    ),
+    "tied head as target": (
+        lambda p: wrapped(target_modules=["lm_head"]),
+        ["lm_head", "tied", "tie_word_embeddings=False"],
+    ),
+    "embedding as target": (
+        lambda p: wrapped(target_modules=["embed_tokens"]),
+        ["model.embed_tokens", "Embedding", "exclude_modules"],
+    ),
+    "pattern without linear layers": (
+        lambda p: wrapped(target_modules=r".*layernorm"),
+        ["no linear layer", "target_modules"],
+    ),
+    "training before selection": (
+        lambda p: wrapped().train()(**batch()),
+        ["before its neurons are selected", "select_neurons"],
+    ),
+    "data-driven importance without data": (
+        lambda p: select_neurons(wrapped(importance="group_taylor")),
+        ["group_taylor", "no calibration batch", "magnitude"],
+    ),
+    "no such adapter": (
+        lambda p: select_neurons(selected(), adapter_name="other"),
+        ["other"],
+    ),
+    "trainer without an adapter": (
+        lambda p: train(tiny_model(), p),
+        ["0 active SPFT adapters", "spft_config"],
+    ),
+    "trainer with a LoRA model": (
+        lambda p: train(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])), p),
+        ["0 active SPFT adapters", "SpftConfig"],
+    ),
+    "spft_config for a PEFT model": (
+        lambda p: train(wrapped(), p, spft_config=SpftConfig(r=2)),
+        ["spft_config", "PEFT model already", "leave spft_config out"],
+    ),
+    "no importance file": (
+        lambda p: select_neurons(wrapped(importance_file=str(p / "none"))),
+        ["none does not exist", "spft_importance"],
+    ),
+    "damaged importance file": (
+        lambda p: select_neurons(wrapped(importance_file=not_a_scores_file(p))),
+        ["scores.safetensors", "not a whole safetensors file", "make it anew"],
+    ),
+    "importance file of another model": (
+        lambda p: select_neurons(wrapped(importance_file=save_scores(p, {"a": torch.ones(3)}))),
+        ["1 layers", "first a", "same model"],
+    ),
+    "selection file of another kind": (
+        lambda p: NeuronSelection.load(save_scores(p, {"a": torch.ones(3)})),
+        ["spft_importance", "spft_selection", "check the path"],
+    ),
+    "selection not ascending": (lambda p: unsorted_selection(), ["distinct", "ascending"]),
+    "merging broken values": (
+        lambda p: broken().merge_and_unload(safe_merge=True),
+        ["'default'", "non-finite", "earlier checkpoint"],
+    ),
+}
+
+
+def broken() -> PeftModel:
+    model = selected()
+    for name, parameter in model.named_parameters():
+        if "spft_delta" in name:
+            parameter.data.fill_(float("inf"))
+    return model
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_line_with_what_was_seen_and_the_mend(name, tmp_path):
+    act, fragments = CASES[name]
+    with pytest.raises(SpftError) as raised:
+        act(tmp_path)
+    message = str(raised.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert fragment in message, message
+
+
+def test_sharding_engines_are_refused_until_they_are_supported(tmp_path):
+    arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
+    trainer = SpftTrainer(
+        tiny_model(), arguments, train_dataset=dataset(8), spft_config=SpftConfig(r=2)
+    )
+    callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SpftCallback))
+    trainer.is_deepspeed_enabled = True
+    with pytest.raises(SpftError, match="under DeepSpeed"):
+        callback.on_train_begin(arguments, trainer.state, trainer.control)
