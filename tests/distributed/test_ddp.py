@@ -1,0 +1,60 @@
+"""DDP with 2 and 3 real processes on the same global batches as one process: every rank selects the
+same neurons, bit for bit, and those of one process; scores agree to 1e-5 of the layer's largest,
+losses and deltas to 1e-5."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def launch(folder: Path, world: int) -> list[dict]:
+    folder.mkdir()
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={world}"] if world > 1 else []
+    if world == 1:
+        command = [sys.executable]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(HERE.parent / "support"),
+        "OMP_NUM_THREADS": "1",
+        "ACCELERATE_USE_CPU": "true",
+    }
+    done = subprocess.run(
+        [*command, str(HERE / "ddp_worker.py"), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [torch.load(folder / f"rank{rank}.pt") for rank in range(world)]
+    assert len(list(folder.glob("rank*.pt"))) == world
+    return results
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    return launch(tmp_path_factory.mktemp("one") / "run", 1)[0]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ddp_is_one_process(tmp_path, world, one_process):
+    ranks = launch(tmp_path / "run", world)
+    for rank in ranks:
+        for name, index in one_process["index"].items():
+            assert torch.equal(rank["index"][name], index), name
+            assert torch.equal(rank["delta"][name], ranks[0]["delta"][name]), name
+            expected = one_process["delta"][name]
+            error = (rank["delta"][name] - expected).norm() / expected.norm()
+            assert error <= 1e-5, name
+        for name, scores in one_process["scores"].items():
+            assert (rank["scores"][name] - scores).abs().max() <= 1e-5 * scores.max()
+    assert ranks[0]["losses"] == pytest.approx(one_process["losses"], rel=1e-5)
