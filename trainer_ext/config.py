@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
@@ -92,6 +93,7 @@ class SpftConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value))
+            check_pattern(name, value)
         if self.r is None and self.density is None:
             self.r = DEFAULT_R
         check_budget(self.r, self.density)
@@ -148,6 +150,19 @@ def check_positive_int(key: str, value: object) -> None:
     """Refuse anything but a whole number of at least 1 (booleans included)."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SpftError(f"{key} is {value!r}; allowed is a whole number of at least 1")
+
+
+def check_pattern(key: str, value: object) -> None:
+    """Refuse a string that is not a regular expression."""
+    if not isinstance(value, str):
+        return
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise SpftError(
+            f"{key} is {value!r}, which is not a regular expression ({error}); "
+            "mend it, or give a list of names"
+        ) from None
 
 
 def check_choice(key: str, value: object, allowed) -> None:

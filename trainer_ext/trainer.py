@@ -94,6 +94,11 @@ class SpftCallback(TrainerCallback):
         if not METRIC_CLASSES[config.importance].needs_data:
             return measure_importance(model, (), adapter_name)
         trainer, count = self.trainer, config.calibration_batches
+        if trainer.accelerator.mixed_precision == "fp16":
+            raise SpftError(
+                f"fp16 with importance {config.importance!r}: fp16 gradients underflow without loss "
+                "scaling, which calibration has not; use bf16 or fp32, or importance: magnitude"
+            )
         bar = tqdm(
             total=count,
             desc=f"SPFT calibration ({config.importance})",

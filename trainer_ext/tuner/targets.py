@@ -51,20 +51,17 @@ def refuse_no_target(model: nn.Module, config) -> None:
     Raises:
         SpftError: names what was given and layers that there are.
     """
-    problem = f"which leaves no module of {type(model).__name__}"
-    try:
-        if any(check_target_module_exists(config, name) for name, _ in model.named_modules()):
-            return
-    except re.error as error:
-        problem = f"which is not a regular expression ({error})"
-    given = [f"target_modules is {_shortened(config.target_modules)}"]
-    for key in ("exclude_modules", "layers_to_transform", "layers_pattern"):
+    if any(check_target_module_exists(config, name) for name, _ in model.named_modules()):
+        return
+    given = []
+    for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         value = getattr(config, key)
-        if value is not None:
+        if value:
             given.append(f"{key} is {_shortened(value)}")
     endings = sorted({name.rpartition(".")[2] for name in default_target_modules(model)})
     raise SpftError(
-        f"{' and '.join(given)}, {problem}; the linear layers are named {', '.join(endings)}"
+        f"{' and '.join(given)}, which leaves no module of {type(model).__name__}; "
+        f"name some of its linear layers: {', '.join(endings)}"
     )
 
 

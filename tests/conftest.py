@@ -1,0 +1,17 @@
+"""Settings for every test: no hub, no telemetry, one thread (tiny tensors gain nothing by two)."""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "DO_NOT_TRACK": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_NUM_THREADS": "1",
+}
+
+import torch
+
+torch.set_num_threads(1)
