@@ -94,8 +94,15 @@ def train(max_steps: int | None) -> int:
         command += ["--max-steps", str(max_steps)]
     # Axolotl starts `accelerate`, which it looks for on the path.
     path = f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}"
-    quiet = {"HF_HUB_OFFLINE": "1", "AXOLOTL_DO_NOT_TRACK": "1", "DO_NOT_TRACK": "1"}
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **quiet, "PATH": path}).returncode
+    environment = {
+        "OMP_NUM_THREADS": str(os.cpu_count()),  # `accelerate launch` would set it to 1
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "AXOLOTL_DO_NOT_TRACK": "1",
+        "DO_NOT_TRACK": "1",
+        "PATH": path,
+    }
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
 def collect_result(report: dict, losses: evaluate.HeldOutLosses) -> dict:

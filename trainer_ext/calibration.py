@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import random
 import re
 import time
@@ -17,6 +19,8 @@ from .importance import METRIC_CLASSES
 from .importance.scores import ImportanceScores
 from .selection import NeuronSelection, apply_selection, check_same_layers, select_top
 from .tuner.model import adapter_config, spft_layers
+
+logger = logging.getLogger(__name__)
 
 # Attributes that make a forward in train mode random: every kind of dropout, NEFTune's noise,
 # the jitter of routers.
@@ -84,6 +88,28 @@ def select_by_scores(
     return selection
 
 
+def load_scores(
+    path: str | os.PathLike, model: nn.Module, adapter_name: str = "default"
+) -> ImportanceScores:
+    """Read the scores of an earlier calibration for an adapter's layers.
+
+    Raises:
+        SpftError: the file is missing, damaged, of another kind, or made for other layers.
+    """
+    scores = ImportanceScores.load(path)
+    sizes = {n: layer.out_features for n, layer in spft_layers(model, adapter_name).items()}
+    check_same_layers(f"importance_file {path}", scores.out_features, "the adapter", sizes)
+    metric = adapter_config(model, adapter_name).importance
+    if scores.metric != metric:
+        logger.warning(
+            "importance_file %s holds %s scores although importance is %s; its scores are used",
+            path,
+            scores.metric,
+            metric,
+        )
+    return scores
+
+
 def select_neurons(
     model: nn.Module,
     batches: Iterable[dict] = (),
@@ -112,7 +138,7 @@ def select_neurons(
 
     importance_file = adapter_config(model, adapter_name).importance_file
     if importance_file:
-        scores = ImportanceScores.load(importance_file)
+        scores = load_scores(importance_file, model, adapter_name)
     else:
         scores = measure_importance(model, (run(b) for b in batches), adapter_name)
     return select_by_scores(model, scores, adapter_name)

@@ -51,7 +51,8 @@ def write_report(
     """
     report = build_report(model, adapter_name, scores, figures)
     folder = Path(folder)
-    write_bytes(folder / REPORT_JSON, json.dumps(report, indent=1).encode())
+    # PEFT keeps some fields of its configurations as sets
+    write_bytes(folder / REPORT_JSON, json.dumps(report, indent=1, default=sorted).encode())
     write_bytes(folder / REPORT_PAGE, render_page(report, scores).encode())
     return report
 

@@ -61,9 +61,16 @@ class NeuronSelection:
         """Refuse a model whose layers are not those of this selection.
 
         Raises:
-            SpftError: names the first layer that is missing, extra or of another size.
+            SpftError: names the first layer that is missing, extra or of another size, or whose
+                selected neurons do not exist.
         """
         check_same_layers("the selection", self.out_features, "the adapter", out_features)
+        for name, index in self.index.items():
+            if int(index.max()) >= out_features[name]:
+                raise SpftError(
+                    f"the selection names neuron {int(index.max())} of layer {name}, which has "
+                    f"{out_features[name]} neurons; its file is damaged, select anew"
+                )
 
 
 def check_same_layers(

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
-from .calibration import measure_importance, select_by_scores
+from .calibration import load_scores, measure_importance, select_by_scores
 from .config import SpftConfig
 from .distributed import refuse_unsupported_engine
 from .errors import SpftError
@@ -19,9 +19,8 @@ from .importance import METRIC_CLASSES
 from .importance.scores import ImportanceScores
 from .peft_type import add_peft_type
 from .report import RunFigures, optimizer_state_bytes, write_report
-from .selection import check_same_layers
-from .trainer_batches import first_batches, untouched
-from .tuner.model import default_task_type, is_selected, spft_layers
+from .trainer_batches import bare_model, first_batches, untouched
+from .tuner.model import default_task_type, is_selected
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ class SpftCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         refuse_unsupported_engine(self.trainer)
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+        model = bare_model(self.trainer)
         adapter_name = active_spft_adapter(model)
         self._step_seconds.clear()
         if is_selected(model, adapter_name):
@@ -53,7 +52,7 @@ class SpftCallback(TrainerCallback):
             return
         config = model.peft_config[adapter_name]
         if config.importance_file:
-            self.scores = _scores_from_file(config, model, adapter_name)
+            self.scores = load_scores(config.importance_file, model, adapter_name)
         else:
             self.scores = self._calibrate(model, adapter_name, config)
         selection = select_by_scores(model, self.scores, adapter_name)
@@ -80,7 +79,7 @@ class SpftCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs) -> None:
         if not self.trainer.is_world_process_zero():
             return
-        model = self.trainer.accelerator.unwrap_model(self.trainer.model_wrapped)
+        model = bare_model(self.trainer)
         adapter_name = active_spft_adapter(model)
         figures = RunFigures(
             step_seconds=statistics.median(self._step_seconds) if self._step_seconds else None,
@@ -96,8 +95,8 @@ class SpftCallback(TrainerCallback):
         trainer, count = self.trainer, config.calibration_batches
         if trainer.accelerator.mixed_precision == "fp16":
             raise SpftError(
-                f"fp16 with importance {config.importance!r}: fp16 gradients underflow without loss "
-                "scaling, which calibration has not; use bf16 or fp32, or importance: magnitude"
+                f"fp16 with importance {config.importance!r}: fp16 gradients underflow without "
+                "loss scaling, which calibration has not; use bf16, or importance: magnitude"
             )
         bar = tqdm(
             total=count,
@@ -133,27 +132,11 @@ class SpftCallback(TrainerCallback):
         path = Path(self.trainer.args.output_dir) / IMPORTANCE_FILE
         if self.trainer.state.global_step == 0 or not path.is_file():
             return None
-        scores = ImportanceScores.load(path)
-        sizes = {n: layer.out_features for n, layer in spft_layers(model, adapter_name).items()}
-        check_same_layers(str(path), scores.out_features, "the adapter", sizes)
-        return scores
-
-
-def _scores_from_file(config: SpftConfig, model, adapter_name: str) -> ImportanceScores:
-    try:
-        scores = ImportanceScores.load(config.importance_file)
-        sizes = {n: layer.out_features for n, layer in spft_layers(model, adapter_name).items()}
-        check_same_layers("the file", scores.out_features, "the adapter", sizes)
-    except SpftError as error:
-        raise SpftError(f"importance_file is {str(config.importance_file)!r}: {error}") from None
-    if scores.metric != config.importance:
-        logger.warning(
-            "importance_file %s holds %s scores although importance is %s; its scores are used",
-            config.importance_file,
-            scores.metric,
-            config.importance,
-        )
-    return scores
+        try:
+            return load_scores(path, model, adapter_name)
+        except SpftError as error:
+            logger.warning("the report will lack the importance scores: %s", error)
+            return None
 
 
 def active_spft_adapter(model) -> str:

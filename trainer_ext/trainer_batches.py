@@ -53,9 +53,13 @@ def first_batches(trainer, count: int) -> Iterator[RunBatch]:
         yield _run_optimizer_step(trainer, micro_batches, num_items)
 
 
+def bare_model(trainer):
+    """The trainer's model without the wrappers of an engine or of torch.compile."""
+    return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+
+
 def _run_optimizer_step(trainer, micro_batches: list, num_items) -> RunBatch:
-    # The bare module: an engine's wrapper would start its gradient machinery.
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
+    model = bare_model(trainer)  # an engine's wrapper would start its gradient machinery
 
     def run_batch(backward: bool) -> None:
         trainer.current_gradient_accumulation_steps = len(micro_batches)

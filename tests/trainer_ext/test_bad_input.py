@@ -17,6 +17,8 @@ from trainer_ext import (
     SpftConfig,
     SpftError,
     SpftTrainer,
+    apply_selection,
+    current_selection,
     select_neurons,
 )
 
@@ -124,11 +126,35 @@ CASES = {
         ["spft_importance", "spft_selection", "check the path"],
     ),
     "selection not ascending": (lambda p: unsorted_selection(), ["distinct", "ascending"]),
+    "selection beyond the layer": (
+        lambda p: apply_selection(wrapped(), beyond()),
+        ["neuron 32", "q_proj", "32 neurons", "select anew"],
+    ),
+    "quantised layer": (
+        lambda p: get_peft_model(Quantised(), SpftConfig(r=2, target_modules=["linear"])),
+        ["layer linear", "int8", "bf16"],
+    ),
     "merging broken values": (
         lambda p: broken().merge_and_unload(safe_merge=True),
         ["'default'", "non-finite", "earlier checkpoint"],
     ),
 }
+
+
+def beyond() -> NeuronSelection:
+    selection = current_selection(selected())
+    selection.index["model.layers.0.self_attn.q_proj"] = torch.tensor([1, 2, 3, 32])
+    return selection
+
+
+class Quantised(torch.nn.Module):
+    """A linear layer with int8 weights, as bitsandbytes has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 4)
+        weight = torch.zeros(4, 4, dtype=torch.int8)
+        self.linear.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
 def broken() -> PeftModel:

@@ -298,6 +298,39 @@ def test_a_small_dataset_gives_fewer_batches_and_a_warning(tmp_path, caplog):
     assert "calibrated on 8 batches" in caplog.text
 
 
+def test_a_compiled_model_is_calibrated_and_trained(tmp_path):
+    compiled = trainer(tmp_path / "a", torch_compile=True, torch_compile_backend="aot_eager")
+    compiled.train()
+    eager = trainer(tmp_path / "b")
+    eager.train()
+    theirs = deltas(compiled.model)
+    for name, delta in deltas(eager.model).items():
+        assert torch.equal(theirs[name].index, delta.index)
+        torch.testing.assert_close(theirs[name].weight, delta.weight, rtol=1e-3, atol=1e-5)
+
+
+def test_scores_of_another_run_do_not_stop_a_resumed_one(tmp_path, caplog):
+    options = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, **options).train()
+    (tmp_path / IMPORTANCE_FILE).write_text("damaged")
+    trainer(tmp_path, **{**options, "max_steps": 6}).train(resume_from_checkpoint=True)
+    assert "will lack the importance scores" in caplog.text
+
+
+def test_classification_heads_are_trained_and_reported(tmp_path):
+    """PEFT adds the head to modules_to_save by itself, as a set."""
+    from transformers import LlamaForSequenceClassification
+
+    rows = [{"input_ids": row["input_ids"], "labels": i % 2} for i, row in enumerate(dataset())]
+    model = LlamaForSequenceClassification(copy.deepcopy(tiny_model().config))
+    run = SpftTrainer(model, arguments(tmp_path), train_dataset=rows, spft_config=SpftConfig(r=4))
+    run.train()
+    assert (tmp_path / "spft_report.json").is_file()
+    trainable = {n for n, p in run.model.named_parameters() if p.requires_grad}
+    assert any(".score.modules_to_save." in name for name in trainable)
+    assert sum("spft_delta" in name for name in trainable) == 14
+
+
 def test_train_twice_in_one_process_keeps_the_first_selection(tmp_path):
     run = trainer(tmp_path)
     run.train()

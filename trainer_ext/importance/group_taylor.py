@@ -130,7 +130,9 @@ def _tapped(base: nn.Module, product: _OutputProduct):
             return original(x)
         if base.bias is None:
             return _Tap.apply(original(x), product.anchor, product)
-        z = _Tap.apply(_linear_without_bias(base, x), product.anchor, product)
+        # A forward that others have put there (accelerate's device placement) must be called.
+        z = original(x) - base.bias if had_own else _linear_without_bias(base, x)
+        z = _Tap.apply(z, product.anchor, product)
         return z + base.bias.to(z.dtype)
 
     base.forward = forward

@@ -198,15 +198,24 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, (nn.Linear, Conv1D))
 
 
+_SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def linear_shape(layer: nn.Module, name: str) -> tuple[int, int]:
     """(d_in, d_out) of a supported linear layer.
 
     Raises:
-        SpftError: the layer is of another kind.
+        SpftError: the layer is of another kind, or its weight is quantised.
     """
-    if isinstance(layer, Conv1D):
-        return layer.nx, layer.nf
-    if isinstance(layer, nn.Linear):
+    if is_linear(layer):
+        if layer.weight.dtype not in _SUPPORTED_DTYPES:
+            raise SpftError(
+                f"layer {name} is a {type(layer).__name__} with weights in "
+                f"{str(layer.weight.dtype).removeprefix('torch.')}; quantised bases are not "
+                "supported yet, so load the model in bf16, fp16 or fp32"
+            )
+        if isinstance(layer, Conv1D):
+            return layer.nx, layer.nf
         return layer.in_features, layer.out_features
     raise SpftError(
         f"target_modules matches {name}, a {type(layer).__name__}; SPFT trains neurons of "
