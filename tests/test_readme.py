@@ -54,6 +54,8 @@ def test_the_yaml_block_is_accepted_by_the_plugin():
     config = yaml.safe_load(text)
     assert config["adapter"] == "prune_spft"
     assert read_args(config).spft_r == 64
+    # it is the example that tests/example_configs trains at tiny size
+    assert config == yaml.safe_load((ROOT / "example_configs" / "sft.yml").read_text())
     refuse_unsupported(config)
 
 
