@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import logging
+from contextlib import contextmanager
 
 from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr, ValidationError
 
 from trainer_ext import SpftConfig, SpftError
-from trainer_ext.config import AXES, METRICS, check_budget, check_choice
+from trainer_ext.config import AXES, METRICS, check_budget, check_choice, check_positive_int
 from trainer_ext.tuner.targets import default_target_modules
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,6 @@ _USED_LORA_KEYS = {
     "lora_r",
     "lora_target_linear",
     "lora_target_modules",
-    "lora_exclude_modules",
 }
 
 
@@ -95,10 +95,12 @@ def read_args(cfg: dict) -> SPFTArgs:
         check_choice("spft_importance", args.spft_importance, METRICS)
     if args.spft_axis is not None:
         check_choice("spft_axis", args.spft_axis, AXES)
-    if args.spft_calibration_batches is not None and args.spft_calibration_batches < 1:
+    if args.spft_calibration_batches is not None:
+        check_positive_int("spft_calibration_batches", args.spft_calibration_batches)
+    if args.spft_target_modules in ([], ""):
         raise SpftError(
-            f"spft_calibration_batches is {args.spft_calibration_batches}; "
-            "allowed is a whole number of at least 1"
+            f"spft_target_modules is {args.spft_target_modules!r}; name layers, or drop the key to "
+            "train every linear layer but the head"
         )
     return args
 
@@ -132,26 +134,37 @@ def spft_config(cfg, model) -> SpftConfig:
         "axis": cfg.spft_axis,
         "seed": cfg.spft_seed,
     }
-    return SpftConfig(
+    named = cfg.spft_target_modules or cfg.lora_target_modules or None
+    config = SpftConfig(
         r=r,
         density=cfg.spft_density,
-        target_modules=_target_modules(cfg, model),
-        exclude_modules=cfg.spft_exclude_modules or cfg.lora_exclude_modules or None,
+        target_modules=_plain(named) if named else None,
+        exclude_modules=cfg.spft_exclude_modules or None,
         modules_to_save=list(cfg.lora_modules_to_save) if cfg.lora_modules_to_save else None,
         layers_to_transform=cfg.peft_layers_to_transform or None,
         layers_pattern=cfg.peft_layers_pattern or None,
         **{name: value for name, value in given.items() if value is not None},
     )
+    if cfg.lora_target_linear and named and not cfg.spft_target_modules:
+        named = [named] if isinstance(named, str) else list(named)
+        config.target_modules = default_target_modules(model, config) + named
+    return config
 
 
-def _target_modules(cfg, model) -> list[str] | str | None:
-    if cfg.spft_target_modules:
-        return _plain(cfg.spft_target_modules)
-    named = _plain(cfg.lora_target_modules) if cfg.lora_target_modules else []
-    if not cfg.lora_target_linear:
-        return named or None
-    named = [named] if isinstance(named, str) else named
-    return default_target_modules(model) + named if named else None
+@contextmanager
+def in_yaml_words(cfg):
+    """Let messages of trainer_ext, which name fields of SpftConfig, name the YAML's keys."""
+    try:
+        yield
+    except SpftError as error:
+        names = {name.removeprefix("spft_"): name for name in SPFTArgs.model_fields}
+        names |= {"layers_to_transform": "peft_layers_to_transform"}
+        names |= {"layers_pattern": "peft_layers_pattern"}
+        if cfg.lora_target_modules and not cfg.spft_target_modules:
+            names["target_modules"] = "lora_target_modules"
+        if cfg.lora_r and cfg.spft_r is None and cfg.spft_density is None:
+            names["r"] = "spft_r (2 x lora_r)"
+        raise error.renamed(names) from None
 
 
 def _plain(value) -> list[str] | str:

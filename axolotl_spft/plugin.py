@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import logging
 import sys
-from pathlib import Path
 
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
+from tqdm import tqdm
 
-from trainer_ext import SpftCallback, SpftConfig, SpftError
-from trainer_ext.peft_type import add_peft_type
+from trainer_ext import SpftCallback, SpftError
 from trainer_ext.tuner.model import default_task_type
 
-from .args import read_args, spft_config, warn_of_unused_lora_keys
+from .args import in_yaml_words, read_args, spft_config, warn_of_unused_lora_keys
 from .checks import refuse_unsupported
+from .saved import check_continued_adapter, check_resumed_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class SPFTPlugin(BasePlugin):
                     f"{used[0]} has no effect with adapter: {cfg.get('adapter')}; "
                     f"set adapter: {ADAPTER}, or drop the key"
                 )
+            _refuse_ignored_adapter(cfg)
             return
         refuse_unsupported(cfg)
         warn_of_unused_lora_keys(cfg)
@@ -56,17 +57,18 @@ class SPFTPlugin(BasePlugin):
         if cfg.peft_autocast_adapter_dtype is not None:
             options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
-            check_saved_adapter(cfg)
+            check_continued_adapter(cfg)
             model = PeftModel.from_pretrained(
                 model, cfg.lora_model_dir, is_trainable=not inference, **options
             )
             config = model.peft_config["default"]
         else:
-            config = spft_config(cfg, model)
-            config.task_type = default_task_type(model)
-            if config_only:
-                return None, config
-            model = get_peft_model(model, config, **options)
+            with in_yaml_words(cfg):
+                config = spft_config(cfg, model)
+                config.task_type = default_task_type(model)
+                if config_only:
+                    return None, config
+                model = get_peft_model(model, config, **options)
         model.print_trainable_parameters()
         return model, config
 
@@ -78,38 +80,29 @@ class SPFTPlugin(BasePlugin):
 
     def post_trainer_create(self, cfg, trainer) -> None:
         if cfg.adapter == ADAPTER:
-            trainer.add_callback(SpftCallback(trainer))
+            check_resumed_adapter(cfg, trainer.model.peft_config["default"])
+            trainer.add_callback(_Callback(trainer, cfg))
 
 
-def check_saved_adapter(cfg) -> SpftConfig:
-    """Configuration of the adapter in `lora_model_dir`, which governs.
+class _Callback(SpftCallback):
+    """SpftCallback whose messages name the YAML's keys."""
 
-    Raises:
-        SpftError: the folder holds no SPFT adapter, or one whose budget the YAML contradicts.
-    """
-    folder = cfg.lora_model_dir
-    if Path(folder).is_dir() and not (Path(folder) / "adapter_config.json").is_file():
+    def __init__(self, trainer, cfg) -> None:
+        super().__init__(trainer)
+        self._cfg = cfg
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        with in_yaml_words(self._cfg):
+            super().on_train_begin(*args, **kwargs)
+
+
+def _refuse_ignored_adapter(cfg: dict) -> None:
+    """Refuse a YAML whose adapter Axolotl would leave out, to train the whole model instead."""
+    if cfg.get("lora_model_dir") and not cfg.get("adapter"):
         raise SpftError(
-            f"lora_model_dir is {folder!r}, which holds no adapter_config.json; "
-            "give the folder that a training run wrote (its output_dir or a checkpoint)"
+            f"lora_model_dir is {cfg['lora_model_dir']!r} but adapter is not set, so the whole "
+            f"model would be trained without it; set adapter: {ADAPTER}, or drop lora_model_dir"
         )
-    saved = PeftConfig.from_pretrained(folder)
-    if saved.peft_type != add_peft_type("SPFT"):
-        raise SpftError(
-            f"lora_model_dir is {folder!r}, which holds a {saved.peft_type.value} adapter; "
-            f"adapter: {ADAPTER} continues SPFT adapters only"
-        )
-    for key, wanted, has in (
-        ("spft_r", cfg.spft_r, saved.r),
-        ("spft_density", cfg.spft_density, saved.density),
-    ):
-        if wanted is not None and wanted != has:
-            raise SpftError(
-                f"{key} is {wanted} but the adapter in {folder!r} was made with r = {saved.r}, "
-                f"density = {saved.density}; drop {key}, or start a fresh adapter without "
-                "lora_model_dir"
-            )
-    return saved
 
 
 def _show_mistakes_in_one_line() -> None:
@@ -120,6 +113,9 @@ def _show_mistakes_in_one_line() -> None:
 
     def hook(kind, error, traceback):
         if issubclass(kind, SpftError):
+            # An open bar would share its line with the message and show itself again at exit.
+            for bar in list(getattr(tqdm, "_instances", ())):
+                bar.close()
             print(f"axolotl-spft: {error}", file=sys.stderr)
         else:
             others(kind, error, traceback)

@@ -58,8 +58,8 @@ def measure_importance(
                 count += 1
         if not count:
             raise SpftError(
-                f"importance {config.importance!r} needs data but there was no calibration batch; "
-                "give batches, or use importance: magnitude"
+                f"`importance` {config.importance!r} needs data but there was no batch; "
+                "give batches, or use `importance`: magnitude"
             )
     return ImportanceScores(
         scores=metric.scores(),
@@ -96,9 +96,12 @@ def load_scores(
     Raises:
         SpftError: the file is missing, damaged, of another kind, or made for other layers.
     """
-    scores = ImportanceScores.load(path)
     sizes = {n: layer.out_features for n, layer in spft_layers(model, adapter_name).items()}
-    check_same_layers(f"importance_file {path}", scores.out_features, "the adapter", sizes)
+    try:
+        scores = ImportanceScores.load(path)
+        check_same_layers("the file", scores.out_features, "the adapter", sizes)
+    except SpftError as error:
+        raise error.within(f"`importance_file` is {str(path)!r}") from None
     metric = adapter_config(model, adapter_name).importance
     if scores.metric != metric:
         logger.warning(

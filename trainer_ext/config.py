@@ -102,8 +102,8 @@ class SpftConfig(PeftConfig):
         check_positive_int("calibration_batches", self.calibration_batches)
         if self.layers_pattern and self.layers_to_transform is None:
             raise SpftError(
-                f"layers_pattern is {self.layers_pattern!r} but layers_to_transform is not set; "
-                "set layers_to_transform to the block indices to train, or drop layers_pattern"
+                f"`layers_pattern` is {self.layers_pattern!r} but `layers_to_transform` is not "
+                "set; set it to the block indices to train, or drop `layers_pattern`"
             )
 
     def neurons_of(self, layer: str, out_features: int) -> int:
@@ -116,8 +116,8 @@ class SpftConfig(PeftConfig):
             return max(1, int(self.density * out_features + 0.5))
         if self.r > out_features:
             raise SpftError(
-                f"r is {self.r} but layer {layer} has {out_features} neurons; lower r to at most "
-                f"{out_features}, use density, or list the layer in exclude_modules"
+                f"`r` is {self.r} but layer {layer} has {out_features} neurons; lower `r` to at "
+                f"most {out_features}, use `density`, or list the layer in `exclude_modules`"
             )
         return self.r
 
@@ -130,7 +130,7 @@ def check_budget(r: int | None, density: float | None, prefix: str = "") -> None
     """
     if r is not None and density is not None:
         raise SpftError(
-            f"{prefix}r is {r} and {prefix}density is {density}, but both set the number of "
+            f"`{prefix}r` is {r} and `{prefix}density` is {density}, but both set the number of "
             "neurons; keep one of them"
         )
     if r is not None:
@@ -141,7 +141,7 @@ def check_budget(r: int | None, density: float | None, prefix: str = "") -> None
         or not 0.0 < density <= 1.0
     ):
         raise SpftError(
-            f"{prefix}density is {density!r}; allowed is a share of the neurons above 0 and up to "
+            f"`{prefix}density` is {density!r}; allowed is a share of the neurons above 0, up to "
             "1, for example 0.05"
         )
 
@@ -149,7 +149,7 @@ def check_budget(r: int | None, density: float | None, prefix: str = "") -> None
 def check_positive_int(key: str, value: object) -> None:
     """Refuse anything but a whole number of at least 1 (booleans included)."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SpftError(f"{key} is {value!r}; allowed is a whole number of at least 1")
+        raise SpftError(f"`{key}` is {value!r}; allowed is a whole number of at least 1")
 
 
 def check_pattern(key: str, value: object) -> None:
@@ -160,7 +160,7 @@ def check_pattern(key: str, value: object) -> None:
         re.compile(value)
     except re.error as error:
         raise SpftError(
-            f"{key} is {value!r}, which is not a regular expression ({error}); "
+            f"`{key}` is {value!r}, which is not a regular expression ({error}); "
             "mend it, or give a list of names"
         ) from None
 
@@ -168,4 +168,4 @@ def check_pattern(key: str, value: object) -> None:
 def check_choice(key: str, value: object, allowed) -> None:
     """Refuse a value that is not among `allowed`."""
     if value not in tuple(allowed):
-        raise SpftError(f"{key} is {value!r}; allowed: {', '.join(allowed)}")
+        raise SpftError(f"`{key}` is {value!r}; allowed: {', '.join(allowed)}")

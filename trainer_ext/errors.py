@@ -1,9 +1,29 @@
 """The one exception that a user's mistake raises."""
 
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+_FIELD = re.compile(r"`(\w+)`")
+
 
 class SpftError(ValueError):
     """A mistake in the user's input, described in one line.
 
     The message names the key or file, what was seen, what is allowed and how to mend it. Front
-    ends (the Axolotl plugin, scripts) print it without a traceback.
+    ends (the Axolotl plugin, scripts) print it without a traceback. In the source of a message,
+    fields of SpftConfig stand in backticks, so that a front end can call them by its own names.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message.replace("`", ""))
+        self._marked = message
+
+    def renamed(self, names: Mapping[str, str]) -> SpftError:
+        """The same error with the fields in its message called by other names."""
+        return SpftError(_FIELD.sub(lambda m: f"`{names.get(m[1], m[1])}`", self._marked))
+
+    def within(self, what: str) -> SpftError:
+        """The same error with what it happened to put before its message."""
+        return SpftError(f"{what}: {self._marked}")

@@ -89,7 +89,7 @@ def check_same_layers(
         if only:
             raise SpftError(
                 f"{ours} has {len(only)} layers that {theirs} does not have, first {only[0]}; "
-                "use the same model and target_modules for both"
+                "use the same model and `target_modules` for both"
             )
     for name, size in left_sizes.items():
         if right_sizes[name] != size:

@@ -95,8 +95,8 @@ class SpftCallback(TrainerCallback):
         trainer, count = self.trainer, config.calibration_batches
         if trainer.accelerator.mixed_precision == "fp16":
             raise SpftError(
-                f"fp16 with importance {config.importance!r}: fp16 gradients underflow without "
-                "loss scaling, which calibration has not; use bf16, or importance: magnitude"
+                f"fp16 with `importance` {config.importance!r}: fp16 gradients underflow without "
+                "loss scaling, which calibration has not; use bf16, or `importance`: magnitude"
             )
         bar = tqdm(
             total=count,

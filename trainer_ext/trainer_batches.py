@@ -39,8 +39,8 @@ def first_batches(trainer, count: int) -> Iterator[RunBatch]:
         if not _same_batch(first, again):
             raise SpftError(
                 "the training dataset is a stream that does not start over, so calibrating on it "
-                "would take batches away from training; give spft_importance_file / "
-                "SpftConfig(importance_file=...), use a data-free importance (magnitude), or make "
+                "would take batches away from training; give an `importance_file`, "
+                "use a data-free `importance` (magnitude), or make "
                 "the dataset's __iter__ start from the beginning"
             )
         iterator = iter(loader)

@@ -21,14 +21,6 @@ from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-# Without these Axolotl phones home and waits for it, and writes a copy of the output to a file.
-QUIET = {
-    "HF_HUB_OFFLINE": "1",
-    "AXOLOTL_DO_NOT_TRACK": "1",
-    "DO_NOT_TRACK": "1",
-    "AXOLOTL_TEE_STDOUT": "0",
-    "TOKENIZERS_PARALLELISM": "false",
-}
 WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
 
 
@@ -108,6 +100,29 @@ def spft_yaml(assets: Assets, **changes) -> dict:
     return {key: value for key, value in config.items() if value is not None}
 
 
+def lora_yaml(assets: Assets, **changes) -> dict:
+    """A LoRA configuration that knows nothing of SPFT.
+
+    The kernels are off because they need a GPU; Axolotl turns them on by itself.
+    """
+    config = {
+        "plugins": None,
+        "adapter": "lora",
+        "spft_r": None,
+        "spft_calibration_batches": None,
+        "lora_r": 4,
+        "lora_alpha": 8,
+        "lora_dropout": 0.05,
+        "lora_target_linear": True,
+        "lora_mlp_kernel": False,
+        "lora_qkv_kernel": False,
+        "lora_o_kernel": False,
+        "lora_embedding_kernel": False,
+        **changes,
+    }
+    return spft_yaml(assets, **config)
+
+
 def with_evaluation(assets: Assets, **changes) -> dict:
     """Keys that add the held-out rows as the evaluation set."""
     held = {"path": str(assets.held), "ds_type": "json", "type": "chat_template", "split": "train"}
@@ -121,16 +136,16 @@ class Run:
     Attributes:
         out: its output_dir.
         trainer: Axolotl's trainer.
-        batches: input_ids of every micro batch that was trained on, in order.
+        batches: every micro batch that was trained on, in order.
         step_losses: loss of each of them.
-        calibration: input_ids of every micro batch that the loss was computed on outside training.
+        calibration: every micro batch that the loss was computed on outside training.
     """
 
     out: Path
     trainer: object = None
-    batches: list[torch.Tensor] = field(default_factory=list)
+    batches: list[dict[str, torch.Tensor]] = field(default_factory=list)
     step_losses: list[float] = field(default_factory=list)
-    calibration: list[torch.Tensor] = field(default_factory=list)
+    calibration: list[dict[str, torch.Tensor]] = field(default_factory=list)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -159,13 +174,13 @@ class Run:
                 in_step.pop()
 
         def recording_loss(model, inputs, *args, **kwargs):
-            tokens = inputs["input_ids"].clone()
+            batch = {name: tensor.clone() for name, tensor in inputs.items()}
             loss = compute_loss(model, inputs, *args, **kwargs)
             if in_step:
-                self.batches.append(tokens)
+                self.batches.append(batch)
                 self.step_losses.append(float(loss.detach()))
             else:
-                self.calibration.append(tokens)
+                self.calibration.append(batch)
             return loss
 
         trainer.compute_loss, trainer.training_step = recording_loss, recording_step
@@ -203,7 +218,7 @@ def call(do_cli, config: dict, out: Path, **kwargs):
 def write_yaml(config: dict, out: Path) -> Path:
     """Write the configuration beside `out`, with `out` as its output_dir."""
     path = Path(f"{out}.yml")
-    path.write_text(yaml.safe_dump({"output_dir": str(out), **config}))
+    path.write_text(yaml.safe_dump({**config, "output_dir": str(out)}))
     return path
 
 
@@ -228,6 +243,11 @@ def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
     )
 
 
+def same_batches(a: list[dict], b: list[dict]) -> bool:
+    """Whether two recordings hold the same bits in the same order."""
+    return len(a) == len(b) and all(map(same_tensors, a, b))
+
+
 @contextmanager
 def own_process_state():
     """Undo what a run leaves in the process: plugins, environment, hooks, engine state.
@@ -236,7 +256,7 @@ def own_process_state():
     """
     environment, hook = dict(os.environ), sys.excepthook
     handler, path = signal.getsignal(signal.SIGINT), list(sys.path)
-    os.environ.update(QUIET)
+    os.environ["AXOLOTL_TEE_STDOUT"] = "0"  # no copy of the output into the first output_dir
     _import_once()
     from accelerate.state import AcceleratorState, GradientState
     from axolotl.integrations.base import PluginManager

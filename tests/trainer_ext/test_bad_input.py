@@ -91,7 +91,7 @@ CASES = {
     ),
     "data-driven importance without data": (
         lambda p: select_neurons(wrapped(importance="group_taylor")),
-        ["group_taylor", "no calibration batch", "magnitude"],
+        ["group_taylor", "no batch", "magnitude"],
     ),
     "no such adapter": (
         lambda p: select_neurons(selected(), adapter_name="other"),
@@ -185,3 +185,10 @@ def test_sharding_engines_are_refused_until_they_are_supported(tmp_path):
     trainer.is_deepspeed_enabled = True
     with pytest.raises(SpftError, match="under DeepSpeed"):
         callback.on_train_begin(arguments, trainer.state, trainer.control)
+
+
+def test_front_ends_can_call_the_fields_by_their_own_names():
+    error = SpftError("`r` is 3 but r.layer has 2; lower `r` or use `density`")
+    assert str(error) == "r is 3 but r.layer has 2; lower r or use density"
+    renamed = error.within("`file` x").renamed({"r": "spft_r", "density": "spft_density"})
+    assert str(renamed) == "file x: spft_r is 3 but r.layer has 2; lower spft_r or use spft_density"

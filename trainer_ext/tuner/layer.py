@@ -218,6 +218,7 @@ def linear_shape(layer: nn.Module, name: str) -> tuple[int, int]:
             return layer.nx, layer.nf
         return layer.in_features, layer.out_features
     raise SpftError(
-        f"target_modules matches {name}, a {type(layer).__name__}; SPFT trains neurons of "
-        "nn.Linear and transformers' Conv1D, so narrow target_modules or list it in exclude_modules"
+        f"`target_modules` matches {name}, a {type(layer).__name__}; SPFT trains neurons of "
+        "nn.Linear and transformers' Conv1D, so narrow `target_modules` or list it in "
+        "`exclude_modules`"
     )

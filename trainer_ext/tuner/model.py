@@ -97,7 +97,7 @@ def spft_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Sp
     if not layers:
         raise SpftError(
             f"the model has no linear layer with an SPFT adapter named {adapter_name!r}; wrap it "
-            "with peft.get_peft_model(model, SpftConfig(...)), and check target_modules"
+            "with peft.get_peft_model(model, SpftConfig(...)), and check `target_modules`"
         )
     return layers
 

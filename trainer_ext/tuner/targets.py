@@ -40,7 +40,7 @@ def default_target_modules(model: nn.Module, config=None) -> list[str]:
     if not names:
         raise SpftError(
             f"{type(model).__name__} has no linear layer that SPFT trains by default; "
-            "name the layers in target_modules"
+            "name the layers in `target_modules`"
         )
     return names if config is None else _in_chosen_blocks(names, config)
 
@@ -57,7 +57,7 @@ def refuse_no_target(model: nn.Module, config) -> None:
     for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"):
         value = getattr(config, key)
         if value:
-            given.append(f"{key} is {_shortened(value)}")
+            given.append(f"`{key}` is {_shortened(value)}")
     endings = sorted({name.rpartition(".")[2] for name in default_target_modules(model)})
     raise SpftError(
         f"{' and '.join(given)}, which leaves no module of {type(model).__name__}; "
@@ -92,8 +92,8 @@ def refuse_tied_target(model: nn.Module, name: str, module: nn.Module) -> None:
         return
     if weight is getattr(embeddings, "weight", None):
         raise SpftError(
-            f"target_modules matches {name}, whose weight is tied to the input embeddings: its "
-            "rows are tokens, and training one would move both; leave it out of target_modules, "
+            f"`target_modules` matches {name}, whose weight is tied to the input embeddings: its "
+            "rows are tokens, and training one would move both; leave it out of `target_modules`, "
             "or load the model with tie_word_embeddings=False"
         )
 

@@ -1,0 +1,73 @@
+"""Adapters on disk that a YAML goes on with: refused in one line where they do not fit it."""
+
+from __future__ import annotations
+
+from axolotl.utils.train import determine_last_checkpoint
+from peft import PeftConfig
+
+from trainer_ext import SpftConfig, SpftError
+from trainer_ext.peft_type import add_peft_type
+
+
+def check_continued_adapter(cfg) -> None:
+    """Check the adapter in `lora_model_dir`, which governs.
+
+    Raises:
+        SpftError: the folder holds no SPFT adapter, or one whose budget the YAML contradicts.
+    """
+    folder = cfg.lora_model_dir
+    saved = _read(folder, f"lora_model_dir is {folder!r}")
+    for key, wanted, has in (
+        ("spft_r", cfg.spft_r, saved.r),
+        ("spft_density", cfg.spft_density, saved.density),
+    ):
+        if wanted is not None and wanted != has:
+            raise SpftError(
+                f"{key} is {wanted} but the adapter in {folder!r} was made with {_budget(saved)}; "
+                f"drop {key}, or start a fresh adapter without lora_model_dir"
+            )
+
+
+def check_resumed_adapter(cfg, config: SpftConfig) -> None:
+    """Check the checkpoint that training will be resumed from, if it will be.
+
+    Args:
+        config: configuration of the adapter that the checkpoint is loaded into.
+
+    Raises:
+        SpftError: the checkpoint holds no SPFT adapter, or one with another number of neurons.
+    """
+    folder, seen = cfg.resume_from_checkpoint, "resume_from_checkpoint is"
+    if folder is None and cfg.auto_resume_from_checkpoints:
+        folder = determine_last_checkpoint(cfg, update=False)
+        seen = "auto_resume_from_checkpoints found"
+    if not isinstance(folder, str):
+        return
+    saved = _read(folder, f"{seen} {folder!r}")
+    if (saved.r, saved.density) != (config.r, config.density):
+        raise SpftError(
+            f"{seen} {folder!r}, whose adapter has {_budget(saved)}, but this run asks for "
+            f"{_budget(config)}; ask for the same, or use another output_dir"
+        )
+
+
+def _read(folder: str, seen: str) -> SpftConfig:
+    try:
+        saved = PeftConfig.from_pretrained(folder)
+    except (ValueError, OSError):  # neither on this disk nor on the hub, or damaged
+        raise SpftError(
+            f"{seen}, where no readable adapter_config.json was found; "
+            "give the folder that a training run wrote (its output_dir or a checkpoint)"
+        ) from None
+    if saved.peft_type != add_peft_type("SPFT"):
+        raise SpftError(
+            f"{seen}, which holds a {saved.peft_type.value} adapter; "
+            "adapter: prune_spft goes on with SPFT adapters only"
+        )
+    return saved
+
+
+def _budget(config: SpftConfig) -> str:
+    if config.r is not None:
+        return f"spft_r = {config.r}"
+    return f"spft_density = {config.density}"
