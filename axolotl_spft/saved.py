@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+
 from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftConfig
 
 from trainer_ext import SpftConfig, SpftError
 from trainer_ext.peft_type import add_peft_type
+
+
+logger = logging.getLogger(__name__)
 
 
 def check_continued_adapter(cfg) -> None:
@@ -26,6 +31,25 @@ def check_continued_adapter(cfg) -> None:
                 f"{key} is {wanted} but the adapter in {folder!r} was made with {_budget(saved)}; "
                 f"drop {key}, or start a fresh adapter without lora_model_dir"
             )
+    _warn_of_other_neurons(cfg, saved)
+
+
+def _warn_of_other_neurons(cfg, saved: SpftConfig) -> None:
+    """Say which keys have no say any more, since the saved adapter's neurons are chosen."""
+    differing = []
+    for field in ("importance", "target_modules", "exclude_modules"):
+        wanted, has = cfg[f"spft_{field}"], getattr(saved, field)
+        if isinstance(wanted, list) and isinstance(has, list):
+            wanted, has = sorted(wanted), sorted(has)
+        if wanted is not None and wanted != has:
+            differing.append(f"spft_{field}")
+    if differing:
+        logger.warning(
+            "the adapter in lora_model_dir %s keeps its own neurons; %s differs from what it was "
+            "made with and has no effect",
+            cfg.lora_model_dir,
+            ", ".join(differing),
+        )
 
 
 def check_resumed_adapter(cfg, config: SpftConfig) -> None:

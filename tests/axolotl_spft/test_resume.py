@@ -11,6 +11,7 @@ import json
 
 import pytest
 import torch
+from axolotl.utils.dict import DictDefault
 from axolotl_runs import (
     adapter_tensors,
     layers_of,
@@ -22,6 +23,8 @@ from axolotl_runs import (
     train,
 )
 from transformers import TrainerCallback
+
+from axolotl_spft import saved
 
 LORA_KEYS = {"plugins": None, "adapter": "lora", "spft_r": None, "spft_calibration_batches": None}
 STEPS, SAVED_AT, INTERRUPTED_AT = 6, 3, 5
@@ -131,10 +134,10 @@ def test_continuing_trains_the_same_neurons(assets, tmp_path, first):
     config = spft_yaml(assets, spft_r=None, lora_r=4, lora_model_dir=str(first.out))
     more = train(config, tmp_path / "more")
     assert more.calibration == []
-    saved = layers_of(first.tensors)
+    before = layers_of(first.tensors)
     for name, layer in layers_of(more.tensors).items():
-        assert torch.equal(layer["index"], saved[name]["index"])
-        assert not torch.equal(layer["weight"], saved[name]["weight"])
+        assert torch.equal(layer["index"], before[name]["index"])
+        assert not torch.equal(layer["weight"], before[name]["weight"])
     assert more.losses[0] < first.losses[0], "training began from the base model again"
 
 
@@ -142,9 +145,9 @@ def test_continuing_from_a_checkpoint_folder_with_its_own_r(assets, tmp_path, fi
     config = spft_yaml(assets, max_steps=1, save_strategy="steps", save_steps=1)
     checkpoint = train(config, tmp_path / "source").out / "checkpoint-1"
     more = train({**config, "lora_model_dir": str(checkpoint)}, tmp_path / "more")
-    saved = layers_of(adapter_tensors(checkpoint))
+    before = layers_of(adapter_tensors(checkpoint))
     assert all(
-        torch.equal(layer["index"], saved[name]["index"])
+        torch.equal(layer["index"], before[name]["index"])
         for name, layer in layers_of(more.tensors).items()
     )
 
@@ -156,3 +159,26 @@ def test_continuing_with_another_adapter_budget_leaves_the_old_folder_alone(
     before = {p.name: p.stat().st_mtime_ns for p in first.out.iterdir()}
     train(spft_yaml(assets, spft_r=5, lora_model_dir=str(first.out)), tmp_path / "more")
     assert {p.name: p.stat().st_mtime_ns for p in first.out.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, []),
+        ({"spft_importance": "group_taylor"}, []),
+        ({"spft_importance": "random"}, ["spft_importance"]),
+        (
+            {"spft_target_modules": ["q_proj"], "spft_exclude_modules": ["o_proj"]},
+            ["spft_target_modules", "spft_exclude_modules"],
+        ),
+    ],
+)
+def test_keys_that_have_no_say_over_a_continued_adapter_are_named(
+    first, monkeypatch, changes, named
+):
+    warnings = []
+    monkeypatch.setattr(saved.logger, "warning", lambda text, *args: warnings.append(text % args))
+    saved.check_continued_adapter(DictDefault({"lora_model_dir": str(first.out), **changes}))
+    assert len(warnings) == bool(named)
+    for key in ("spft_importance", "spft_target_modules", "spft_exclude_modules"):
+        assert any(key in text for text in warnings) == (key in named)
