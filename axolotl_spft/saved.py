@@ -10,7 +10,6 @@ from peft import PeftConfig
 from trainer_ext import SpftConfig, SpftError
 from trainer_ext.peft_type import add_peft_type
 
-
 logger = logging.getLogger(__name__)
 
 
