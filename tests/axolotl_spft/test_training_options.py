@@ -77,7 +77,7 @@ def test_sample_packing_trains_on_separate_conversations(assets, tmp_path):
         tokens = int((labels[:, 1:] != -100).sum())
         if tokens:
             loss = model(input_ids=pack["input_ids"][start:end][None], labels=labels).loss
-            total, count = total + float(loss) * tokens, count + tokens
+            total, count = total + float(loss.detach()) * tokens, count + tokens
     assert run.losses[0] == pytest.approx(total / count, abs=1e-5)
 
 

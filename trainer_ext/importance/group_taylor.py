@@ -42,17 +42,19 @@ class GroupTaylor(ImportanceMetric):
     def observe(self, run_batch) -> None:
         before = {name: product.total.clone() for name, product in self._sums.items()}
         run_batch(True)
-        # Decided together: under a sharding engine every forward is a collective operation.
-        overwritten = mean_over_processes(
-            {name: product.overwritten.double() for name, product in self._sums.items()}
-        )
-        if any(bool(flag) for flag in overwritten.values()):
+        if self._any_overwritten():
             for name, product in self._sums.items():
                 product.total.copy_(before[name])
                 product.overwritten.fill_(False)
                 product.copies_output = True
             run_batch(True)
         self._batches += 1
+
+    def _any_overwritten(self) -> bool:
+        """Whether any layer's output was, on any process: all of them run the batch again then."""
+        flags = [product.overwritten for product in self._sums.values()]
+        any_here = torch.stack([flag.to(flags[0].device) for flag in flags]).any()
+        return bool(mean_over_processes({"any": any_here.double()})["any"])
 
     def scores(self) -> dict[str, torch.Tensor]:
         totals = mean_over_processes({name: p.total for name, p in self._sums.items()})
@@ -63,7 +65,7 @@ class GroupTaylor(ImportanceMetric):
 
     def silent_layers(self) -> list[str]:
         reached = mean_over_processes({n: p.reached.double() for n, p in self._sums.items()})
-        return [name for name, count in reached.items() if not bool(count)]
+        return [name for name, count in reached.items() if not count]
 
 
 class _OutputProduct:
