@@ -8,6 +8,7 @@ from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftConfig
 
 from trainer_ext import SpftConfig, SpftError
+from trainer_ext.config import DEFAULT_R
 from trainer_ext.peft_type import add_peft_type
 
 logger = logging.getLogger(__name__)
@@ -21,14 +22,15 @@ def check_continued_adapter(cfg) -> None:
     """
     folder = cfg.lora_model_dir
     saved = _read(folder, f"lora_model_dir is {folder!r}")
+    r, density = _budget(saved)
     for key, wanted, has in (
-        ("spft_r", cfg.spft_r, saved.r),
-        ("spft_density", cfg.spft_density, saved.density),
+        ("spft_r", cfg.spft_r, r),
+        ("spft_density", cfg.spft_density, density),
     ):
         if wanted is not None and wanted != has:
             raise SpftError(
-                f"{key} is {wanted} but the adapter in {folder!r} was made with {_budget(saved)}; "
-                f"drop {key}, or start a fresh adapter without lora_model_dir"
+                f"{key} is {wanted} but the adapter in {folder!r} was made with "
+                f"{_in_words(saved)}; drop {key}, or start a fresh adapter without lora_model_dir"
             )
     _warn_of_other_neurons(cfg, saved)
 
@@ -67,10 +69,10 @@ def check_resumed_adapter(cfg, config: SpftConfig) -> None:
     if not isinstance(folder, str):
         return
     saved = _read(folder, f"{seen} {folder!r}")
-    if (saved.r, saved.density) != (config.r, config.density):
+    if _budget(saved) != _budget(config):
         raise SpftError(
-            f"{seen} {folder!r}, whose adapter has {_budget(saved)}, but this run asks for "
-            f"{_budget(config)}; ask for the same, or use another output_dir"
+            f"{seen} {folder!r}, whose adapter has {_in_words(saved)}, but this run asks for "
+            f"{_in_words(config)}; ask for the same, or use another output_dir"
         )
 
 
@@ -90,7 +92,13 @@ def _read(folder: str, seen: str) -> SpftConfig:
     return saved
 
 
-def _budget(config: SpftConfig) -> str:
-    if config.r is not None:
-        return f"spft_r = {config.r}"
-    return f"spft_density = {config.density}"
+def _budget(config: SpftConfig) -> tuple[int | None, float | None]:
+    """(r, density) with the default filled in."""
+    if config.density is None:
+        return config.r or DEFAULT_R, None
+    return None, config.density
+
+
+def _in_words(config: SpftConfig) -> str:
+    r, density = _budget(config)
+    return f"spft_r = {r}" if density is None else f"spft_density = {density}"

@@ -158,9 +158,11 @@ def calibration_mode(model: nn.Module, layers: dict):
     training = [module.training for module in modules]
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
     random_state = _random_state()
-    silenced = _silence(modules)
-    embedding_hook = _require_input_grads(model)
+    silenced: list[tuple[object, str, float]] = []
+    embedding_hook = None
     try:
+        _silence(modules, silenced)
+        embedding_hook = _require_input_grads(model)
         model.train()
         for module in modules:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -184,20 +186,18 @@ def calibration_mode(model: nn.Module, layers: dict):
         _restore_random_state(random_state)
 
 
-def _silence(modules: list[nn.Module]) -> list[tuple[object, str, float]]:
-    """Set everything that makes a forward random to zero; returns what to set back."""
-    owners = [*modules, *{id(c): c for m in modules if (c := getattr(m, "config", None))}.values()]
-    silenced = []
-    for owner in owners:
+def _silence(modules: list[nn.Module], silenced: list[tuple[object, str, float]]) -> None:
+    """Set everything that makes a forward random to zero; notes what to set back in `silenced`."""
+    configs = {id(c): c for m in modules if hasattr(c := getattr(m, "config", None), "__dict__")}
+    for owner in [*modules, *configs.values()]:
         names = [n for n in vars(owner) if _RANDOM_FORWARD.search(n)]
         if isinstance(owner, nn.modules.dropout._DropoutNd):
             names.append("p")
         for name in names:
             value = getattr(owner, name)
-            if isinstance(value, float) and value:
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
                 silenced.append((owner, name, value))
                 setattr(owner, name, 0.0)
-    return silenced
 
 
 def _require_input_grads(model: nn.Module):

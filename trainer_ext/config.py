@@ -29,7 +29,10 @@ class SpftConfig(PeftConfig):
 
     r: int | None = field(
         default=None,
-        metadata={"help": f"Neurons to train in each layer, at least 1. Default {DEFAULT_R}."},
+        metadata={
+            "help": f"Neurons to train in each layer, at least 1. Default {DEFAULT_R}, or all "
+            "neurons of a smaller layer."
+        },
     )
     density: float | None = field(
         default=None,
@@ -94,8 +97,6 @@ class SpftConfig(PeftConfig):
             if isinstance(value, (set, tuple)):
                 setattr(self, name, sorted(value))
             check_pattern(name, value)
-        if self.r is None and self.density is None:
-            self.r = DEFAULT_R
         check_budget(self.r, self.density)
         check_choice("importance", self.importance, METRICS)
         check_choice("axis", self.axis, AXES)
@@ -114,6 +115,8 @@ class SpftConfig(PeftConfig):
         """
         if self.density is not None:
             return max(1, int(self.density * out_features + 0.5))
+        if self.r is None:
+            return min(DEFAULT_R, out_features)
         if self.r > out_features:
             raise SpftError(
                 f"`r` is {self.r} but layer {layer} has {out_features} neurons; lower `r` to at "

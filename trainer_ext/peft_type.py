@@ -10,7 +10,7 @@ def add_peft_type(name: str) -> PeftType:
 
     PEFT refuses methods that are not in this enum, and offers no way to extend it: a plain string
     in its place trains but can neither be saved (0.20) nor loaded by transformers. The member added
-    here is a real one: found by name, by value, by iteration and by pickle, on Python 3.10-3.13.
+    here is a real one: found by name, by value, by iteration and by pickle.
     """
     if name in PeftType.__members__:
         return PeftType[name]

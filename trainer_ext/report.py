@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
-import resource
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,11 +63,11 @@ def build_report(
     config = model.peft_config[adapter_name]
     selection = current_selection(model, adapter_name)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    compact = sum(
-        layer.spft_delta[adapter_name].weight.numel()
-        for layer in spft_layers(model, adapter_name).values()
+    total = sum(
+        p.numel()
+        for name, p in model.named_parameters()
+        if ".spft_delta." not in name and ".modules_to_save." not in name
     )
-    total = sum(p.numel() for p in model.parameters()) - compact
     parameter = next(model.parameters())
     return {
         "versions": _versions(),
@@ -105,6 +104,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Highest memory use so far: of the CUDA allocator, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    import resource  # POSIX only
+
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

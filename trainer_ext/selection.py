@@ -127,8 +127,8 @@ def select_top(scores: dict[str, torch.Tensor], neurons: dict[str, int]) -> Neur
             bad = int((~torch.isfinite(layer_scores)).sum())
             raise SpftError(
                 f"importance of layer {name}: {bad} of {layer_scores.numel()} scores are NaN or "
-                "infinite; check the calibration loss (learning-rate free, so the data or the "
-                "model's own weights are at fault), or train in bf16 or fp32 instead of fp16"
+                "infinite before any training; check the data and the model's weights for NaN, or "
+                "use bf16 or fp32 instead of fp16"
             )
     return NeuronSelection(
         index={name: top_neurons(s, neurons[name]) for name, s in scores.items()},

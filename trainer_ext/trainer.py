@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model
+from torch import nn
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
@@ -48,7 +49,8 @@ class SpftCallback(TrainerCallback):
         adapter_name = active_spft_adapter(model)
         self._step_seconds.clear()
         if is_selected(model, adapter_name):
-            self.scores = self._scores_of_this_run(model, adapter_name)
+            if self.scores is None:  # else train() was called again, or retried
+                self.scores = self._scores_of_this_run(model, adapter_name)
             return
         config = model.peft_config[adapter_name]
         if config.importance_file:
@@ -186,6 +188,11 @@ def _wrap(model, config: SpftConfig) -> PeftModel:
         raise SpftError(
             "spft_config is given but the model is a PEFT model already; pass the base model, or "
             "leave spft_config out"
+        )
+    if not isinstance(model, nn.Module):
+        raise SpftError(
+            f"spft_config is given with model = {model!r}; pass the loaded model, or let "
+            "model_init return peft.get_peft_model(model, SpftConfig(...)) without spft_config"
         )
     if config.task_type is None:
         config.task_type = default_task_type(model)

@@ -110,12 +110,14 @@ def untouched(trainer):
     gradient_state = accelerator.gradient_state
     loader = trainer.callback_handler.train_dataloader
     kept = [
-        _PlainState(trainer),
+        # the data sets may be plain lists: the user's own, large, and not the trainer's bookkeeping
+        _PlainState(trainer, leave_out=("train_dataset", "eval_dataset")),
         _PlainState(trainer.state),
         # Only numbers: the list of a packing sampler's batches is long and is made anew anyway.
         _PlainState(loader, _SCALARS),
         _PlainState(getattr(loader, "batch_sampler", None), _SCALARS),
     ]
+    generators = [(g, g.get_state()) for g in _generators(loader)]
     loaders = list(accelerator._dataloaders)
     references = list(gradient_state.dataloader_references)
     sync_gradients = gradient_state.sync_gradients
@@ -124,27 +126,51 @@ def untouched(trainer):
     finally:
         for state in kept:
             state.restore()
+        for generator, generator_state in generators:
+            generator.set_state(generator_state)
         accelerator._dataloaders[:] = loaders
         gradient_state.dataloader_references = references  # a property: assign, not fill
         gradient_state._set_sync_gradients(sync_gradients)
 
 
+def _generators(loader) -> list[torch.Generator]:
+    """Random generators of a data loader's own, which its samplers may hold."""
+    found, waiting, seen = [], [loader], set()
+    while waiting:
+        owner = waiting.pop()
+        if owner is None or id(owner) in seen:
+            continue
+        seen.add(id(owner))
+        if isinstance(owner, torch.Generator):
+            found.append(owner)
+            continue
+        for name in ("base_dataloader", "batch_sampler", "sampler", "generator"):
+            waiting.append(getattr(owner, name, None))
+    return found
+
+
 class _PlainState:
     """The attributes of an object that are numbers, strings, tensors in containers, and so on."""
 
-    def __init__(self, owner, kinds: tuple = (*_SCALARS, dict, list, set, tuple, deque)) -> None:
-        self.owner = owner
-        self.kinds = kinds
-        self.saved = {n: copy.deepcopy(v) for n, v in self._plain().items()}
-
-    def _plain(self) -> dict:
-        attributes = getattr(self.owner, "__dict__", {})
-        return {n: v for n, v in attributes.items() if isinstance(v, self.kinds) and _is_plain(v)}
+    def __init__(
+        self,
+        owner,
+        kinds: tuple = (*_SCALARS, dict, list, set, tuple, deque),
+        leave_out: tuple[str, ...] = (),
+    ) -> None:
+        self.attributes = getattr(owner, "__dict__", {})
+        self.names = set(self.attributes)
+        self.saved = {
+            name: copy.deepcopy(value)
+            for name, value in self.attributes.items()
+            if name not in leave_out and isinstance(value, kinds) and _is_plain(value)
+        }
 
     def restore(self) -> None:
-        attributes = getattr(self.owner, "__dict__", {})
-        for name in set(self._plain()) - set(self.saved):
-            del attributes[name]
+        attributes = self.attributes
+        for name in set(attributes) - self.names:
+            if _is_plain(attributes[name]):
+                del attributes[name]
         for name, old in self.saved.items():
             current = attributes.get(name)
             # In place where possible: others may hold the same container.

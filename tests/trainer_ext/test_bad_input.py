@@ -21,6 +21,7 @@ from trainer_ext import (
     current_selection,
     select_neurons,
 )
+from trainer_ext.files import write_tensors
 
 
 def train(model, tmp_path, **more):
@@ -31,6 +32,12 @@ def train(model, tmp_path, **more):
 def save_scores(tmp_path, scores):
     path = tmp_path / "scores.safetensors"
     ImportanceScores(scores, "group_taylor").save(path)
+    return str(path)
+
+
+def headless_scores(tmp_path):
+    path = tmp_path / "scores.safetensors"
+    write_tensors(path, {"a": torch.ones(3)}, {"kind": "spft_importance", "axis": "rows"})
     return str(path)
 
 
@@ -108,6 +115,14 @@ CASES = {
     "spft_config for a PEFT model": (
         lambda p: train(wrapped(), p, spft_config=SpftConfig(r=2)),
         ["spft_config", "PEFT model already", "leave spft_config out"],
+    ),
+    "spft_config without a model": (
+        lambda p: train(None, p, spft_config=SpftConfig(r=2)),
+        ["model = None", "model_init", "get_peft_model"],
+    ),
+    "scores without a header": (
+        lambda p: select_neurons(wrapped(importance_file=headless_scores(p))),
+        ["importance_file", "no valid header", "metric"],
     ),
     "no importance file": (
         lambda p: select_neurons(wrapped(importance_file=str(p / "none"))),

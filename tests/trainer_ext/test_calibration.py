@@ -99,6 +99,18 @@ def test_train_mode_without_randomness_inside():
     )
 
 
+def test_integer_noise_and_foreign_configs_are_coped_with():
+    """NEFTune's alpha may be an int; modules of one's own may have a dict for a config."""
+    model = wrapped("gpt2")
+    embeddings = model.get_input_embeddings()
+    embeddings.neftune_noise_alpha = 5
+    embeddings.config = {"dropout": 0.1}
+    with calibration_mode(model, spft_layers(model)):
+        assert embeddings.neftune_noise_alpha == 0
+    assert embeddings.neftune_noise_alpha == 5
+    assert embeddings.config == {"dropout": 0.1}
+
+
 def test_gradients_that_were_there_before_stay():
     model = wrapped(importance="group_taylor", modules_to_save=["embed_tokens"])
     parameter = next(p for p in model.parameters() if p.requires_grad)

@@ -29,7 +29,10 @@ EXAMPLES = [
 
 def test_defaults():
     config = SpftConfig()
-    assert (config.r, config.density) == (DEFAULT_R, None) == (64, None)
+    assert (config.r, config.density) == (None, None)
+    assert DEFAULT_R == 64
+    assert config.neurons_of("layer", 1000) == 64
+    assert config.neurons_of("small layer", 30) == 30  # only an r that was asked for is an error
     assert (config.importance, config.calibration_batches) == ("group_taylor", 8)
     assert (config.axis, config.peft_type) == ("rows", PeftType.SPFT)
 

@@ -105,6 +105,13 @@ def test_the_page_is_self_contained_and_has_a_picture_for_every_layer(run):
         assert page.count(name) == 2
 
 
+def test_base_parameters_are_the_base_models(tmp_path):
+    model = selected("llama_bias", modules_to_save=["lm_head"])
+    model.add_adapter("second", SpftConfig(r=2, importance="random"))
+    report = write_report(tmp_path, model, "default", None, RunFigures())
+    assert report["base_parameters"] == tiny_model("llama_bias").num_parameters()
+
+
 def test_without_scores_the_report_still_comes(tmp_path):
     report = write_report(tmp_path, selected(), "default", None, RunFigures())
     assert report["calibration"] is None

@@ -5,6 +5,7 @@ is bit-identical to the undisturbed one, and the report beside the adapter tells
 from __future__ import annotations
 
 import copy
+import json
 import random
 
 import numpy as np
@@ -331,11 +332,52 @@ def test_classification_heads_are_trained_and_reported(tmp_path):
     assert sum("spft_delta" in name for name in trainable) == 14
 
 
-def test_train_twice_in_one_process_keeps_the_first_selection(tmp_path):
+def test_the_users_own_lists_and_generators_are_left_alone(tmp_path):
+    """A dataset that is a list is not bookkeeping; a sampler may have a generator of its own."""
+
+    class OwnGenerator(Recording):
+        def _get_train_sampler(self, train_dataset=None):
+            generator = torch.Generator().manual_seed(7)
+            return torch.utils.data.RandomSampler(self.train_dataset, generator=generator)
+
+    runs = []
+    for importance in ("magnitude", "group_taylor"):
+        data = dataset()
+        rows = list(map(id, data))
+        run = trainer(
+            tmp_path,
+            kind=OwnGenerator,
+            data=data,
+            config=SpftConfig(r=4, importance=importance, calibration_batches=3),
+            accelerator_config={"use_seedable_sampler": False},
+        )
+        run.train()
+        assert list(map(id, run.train_dataset)) == rows
+        runs.append(run.seen)
+    assert all(map(torch.equal, *runs))
+
+
+def test_an_attribute_that_becomes_plain_during_calibration_stays(tmp_path):
+    class Emptying(SpftTrainer):
+        buffer = None
+
+        def compute_loss(self, *args, **kwargs):
+            self.buffer.clear()
+            return super().compute_loss(*args, **kwargs)
+
+    run = trainer(tmp_path, kind=Emptying)
+    run.buffer = {"k": object()}
+    run.train()
+    assert run.buffer == {}
+
+
+def test_train_twice_in_one_process_keeps_the_first_selection_and_its_scores(tmp_path):
     run = trainer(tmp_path)
     run.train()
     first = current_selection(run.model).index
     run.train()
+    report = json.loads((tmp_path / "spft_report.json").read_text())
+    assert report["calibration"]["batches"] == 3
     second = current_selection(run.model).index
     assert all(torch.equal(first[name], second[name]) for name in first)
 

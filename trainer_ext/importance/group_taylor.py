@@ -59,7 +59,7 @@ class GroupTaylor(ImportanceMetric):
     def scores(self) -> dict[str, torch.Tensor]:
         totals = mean_over_processes({name: p.total for name, p in self._sums.items()})
         return {
-            name: total.abs().double().cpu() / max(self._batches, 1)
+            name: total.abs().cpu().double() / max(self._batches, 1)
             for name, total in totals.items()
         }
 
@@ -74,14 +74,16 @@ class _OutputProduct:
     Attributes:
         total: (O,) fp64, so that the order of batches does not matter.
         reached: (1,) backward passes seen.
-        overwritten: () whether a saved output changed before its backward, as fused kernels do
-            that write past autograd (Liger's swiglu puts its gradient into its own inputs).
+        overwritten: () whether a saved output changed before its backward, as models do that add
+            to it in place and fused kernels that write past autograd (Liger's swiglu puts its
+            gradient into its own inputs, its rope rotates in place).
         copies_output: keep a copy of the output for the backward instead of the output itself.
     """
 
     def __init__(self, layer) -> None:
         device = layer.get_base_layer().weight.device
-        self.total = torch.zeros(layer.out_features, dtype=torch.float64, device=device)
+        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+        self.total = torch.zeros(layer.out_features, dtype=wide, device=device)
         self.reached = torch.zeros(1, device=device)
         self.overwritten = torch.zeros((), dtype=torch.bool, device=device)
         self.copies_output = False
@@ -90,7 +92,7 @@ class _OutputProduct:
 
     def add(self, grad_TO: torch.Tensor, z_TO: torch.Tensor) -> None:
         for grad, z in zip(grad_TO.split(_CHUNK_TOKENS), z_TO.split(_CHUNK_TOKENS), strict=True):
-            self.total += (grad.float() * z.float()).sum(dim=0).double()
+            self.total += (grad.float() * z.float()).sum(dim=0)
         self.reached += 1
 
 
@@ -102,19 +104,29 @@ class _Tap(torch.autograd.Function):
         # "Modified in place" makes z itself the output: no copy, and no view that later in-place
         # operations would be refused on.
         ctx.mark_dirty(z)
-        first_token = z.reshape(-1, z.shape[-1])[:1].clone()
-        ctx.save_for_backward(z.clone() if product.copies_output else z, first_token)
+        # z.data has a version counter of its own: models that add to the output in place (Falcon)
+        # are noticed by the rows below instead of stopping the backward.
+        kept = z.clone() if product.copies_output else z.data
+        ctx.save_for_backward(kept, _some_rows(z).clone())
         ctx.product = product
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        z, first_token = ctx.saved_tensors
-        z_TO = z.reshape(-1, z.shape[-1])
-        ctx.product.overwritten |= ((z_TO[:1] != first_token) & ~first_token.isnan()).any()
-        ctx.product.add(grad.reshape(-1, grad.shape[-1]), z_TO)
+        z, rows = ctx.saved_tensors
+        ctx.product.overwritten |= ((_some_rows(z) != rows) & ~rows.isnan()).any()
+        ctx.product.add(grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1]))
         return grad, None, None
+
+
+def _some_rows(z: torch.Tensor) -> torch.Tensor:
+    """Rows spread over the tokens, the last one included.
+
+    Not the first alone: rotary kernels that work in place leave position 0 as it is.
+    """
+    z_TO = z.reshape(-1, z.shape[-1])
+    return torch.cat([z_TO[:: max(1, len(z_TO) // 8)], z_TO[-1:]])
 
 
 @contextmanager

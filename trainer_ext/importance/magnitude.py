@@ -24,7 +24,7 @@ class Magnitude(ImportanceMetric):
         neurons = torch.arange(layer.out_features)
         return torch.cat(
             [
-                layer.rows(chunk).float().abs().pow(self.p).sum(dim=1).double().cpu()
+                layer.rows(chunk).float().abs().pow(self.p).sum(dim=1).cpu().double()
                 for chunk in neurons.split(_CHUNK_ROWS)
             ]
         )

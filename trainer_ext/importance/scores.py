@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ..errors import SpftError
 from ..files import read_tensors, write_tensors
 
 IMPORTANCE_KIND = "spft_importance"
+_HEADER = ("kind", "axis", "metric", "batches", "seconds", "silent_layers")
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,16 @@ class ImportanceScores:
             SpftError: the file is missing, damaged or of another kind.
         """
         scores, metadata = read_tensors(path, IMPORTANCE_KIND)
-        for key in ("kind", "axis"):
-            metadata.pop(key)
-        return cls(
-            scores=scores,
-            metric=metadata.pop("metric"),
-            batches=int(metadata.pop("batches")),
-            seconds=float(metadata.pop("seconds")),
-            silent_layers=json.loads(metadata.pop("silent_layers")),
-            metadata=metadata,
-        )
+        try:
+            return cls(
+                scores=scores,
+                metric=metadata["metric"],
+                batches=int(metadata["batches"]),
+                seconds=float(metadata["seconds"]),
+                silent_layers=json.loads(metadata["silent_layers"]),
+                metadata={k: v for k, v in metadata.items() if k not in _HEADER},
+            )
+        except (KeyError, ValueError) as error:
+            raise SpftError(
+                f"{path} has no valid header ({error}); make it anew by a training run"
+            ) from None

@@ -74,7 +74,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         self.is_conv1d = isinstance(self.get_base_layer(), Conv1D)
         self.spft_delta = nn.ModuleDict()
         self.merged_adapters: list[str] = []
-        self._rows_before_merge: dict[str, torch.Tensor] = {}
+        self._rows_before_merge: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._configs: dict[str, object] = {}
         self.calibrating = False
         self._active_adapter = adapter_name
@@ -151,16 +151,14 @@ class SpftLinear(nn.Module, BaseTunerLayer):
                     "merge an earlier checkpoint"
                 )
             self._write_rows(delta.index, new_rows)
-            self._rows_before_merge[name] = old_rows
+            self._rows_before_merge[name] = (delta.index.clone(), old_rows)
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
         """Restore the base weight to its values before the merges, exactly."""
         while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            rows = self._rows_before_merge.pop(name)
-            if name in self.spft_delta:
-                self._write_rows(self.spft_delta[name].index, rows)
+            # kept by themselves: the adapter may have been deleted since
+            self._write_rows(*self._rows_before_merge.pop(self.merged_adapters.pop()))
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The base weight of the neurons `index`, (len(index), d_in), in the base dtype."""
@@ -172,7 +170,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def _write_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
         weight = self.get_base_layer().weight
-        index, rows = index.to(weight.device), rows.to(weight.device)
+        index, rows = index.to(weight.device), rows.to(weight)
         if self.is_conv1d:
             weight.index_copy_(1, index, rows.t())
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -10,7 +11,14 @@ from torch import nn
 from ..errors import SpftError
 from ..peft_type import add_peft_type
 from .layer import NeuronDelta, SpftLinear, is_linear
-from .targets import default_target_modules, refuse_no_target, refuse_tied_target
+from .targets import (
+    default_target_modules,
+    refuse_no_target,
+    refuse_tied_target,
+    warn_of_untrained,
+)
+
+logger = logging.getLogger(__name__)
 
 # What PEFT, torch.compile, DDP and activation checkpointing put before or into module names.
 _WRAPPER_NAMES = re.compile(
@@ -34,13 +42,23 @@ class SpftModel(BaseTuner):
         if peft_config.target_modules in (None, "all-linear"):
             peft_config.target_modules = default_target_modules(self.model, peft_config)
         refuse_no_target(self.model, peft_config)
+        warn_of_untrained(self.model, peft_config)
         return peft_config
 
-    def _post_injection_hook(self, model: nn.Module, config, adapter_name: str) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
         # PEFT condenses long lists into a set, which JSON cannot hold.
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
-        spft_layers(model, adapter_name)  # refuses a pattern that matched no linear layer
+        # refuses a pattern that matched no linear layer
+        layers = spft_layers(model, adapter_name)
+        if all(layer.spft_delta[adapter_name].is_selected for layer in layers.values()):
+            logger.warning(
+                "adapter %r has the configuration of another adapter and starts with its neurons; "
+                "give it a configuration of its own to select anew",
+                adapter_name,
+            )
 
     def _create_and_replace(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -11,11 +12,15 @@ from torch import nn
 from ..errors import SpftError
 from .layer import SpftLinear, is_linear
 
+logger = logging.getLogger(__name__)
+
 # Name parts of modules that are linear but not layers of the language model: routers choose
-# experts, vision and audio towers and their projectors feed it.
+# experts; towers for other media and what connects them feed it. Mamba's fused kernels read the
+# weight of out_proj themselves. The last two are PEFT's copies of modules_to_save.
 NOT_LANGUAGE_MODEL = re.compile(
     r"(^|\.)(router|gate|shared_expert_gate|vision\w*|visual|audio\w*|multi_modal_projector"
-    r"|mm_projector|image_newline)(\.|$)"
+    r"|mm_projector|connector|aligner|qformer|language_projection|image_to_text_projection"
+    r"|generation_\w+|(mamba|mixer)\.out_proj|original_module|modules_to_save)(\.|$)"
 )
 
 
@@ -63,6 +68,33 @@ def refuse_no_target(model: nn.Module, config) -> None:
         f"{' and '.join(given)}, which leaves no module of {type(model).__name__}; "
         f"name some of its linear layers: {', '.join(endings)}"
     )
+
+
+def warn_of_untrained(model: nn.Module, config) -> None:
+    """Warn about what a user would take for trained: names without a module, fused experts."""
+    modules = [name for name, _ in model.named_modules()]
+    if isinstance(config.target_modules, (list, set)):
+        unmatched = [
+            target
+            for target in sorted(config.target_modules)
+            if not any(name == target or name.endswith(f".{target}") for name in modules)
+        ]
+        if unmatched:
+            logger.warning(
+                "target_modules names %s, but %s has no such module",
+                ", ".join(unmatched),
+                type(model).__name__,
+            )
+    experts = [
+        name for name, p in model.named_parameters() if p.ndim == 3 and ".experts." in f".{name}"
+    ]
+    if experts:
+        logger.warning(
+            "%d fused expert weights, first %s, are not trained: SPFT trains nn.Linear and Conv1D "
+            "layers only",
+            len(experts),
+            experts[0],
+        )
 
 
 def _shortened(value) -> str:

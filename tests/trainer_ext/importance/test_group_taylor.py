@@ -118,6 +118,47 @@ def test_outputs_overwritten_by_a_fused_kernel_are_noticed_and_mended():
     assert_close_to_oracle(scores, expected)
 
 
+def test_rotation_in_place_is_noticed_although_it_leaves_the_first_position():
+    """Liger's rope rotates in the projections' own memory; position 0 keeps its values."""
+
+    class RotateInPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            factors = torch.linspace(1.0, 2.0, x.shape[1])[None, :, None]
+            ctx.factors = factors
+            x.data.mul_(factors)
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * ctx.factors
+
+    def rotated(model, rotate):
+        for layer in model.model.layers:
+            norm = layer.self_attn.q_proj
+            norm.register_forward_hook(lambda module, inputs, output: rotate(output))
+        return model
+
+    model = wrapped(importance="group_taylor")
+    rotated(model.get_base_model(), RotateInPlace.apply)
+    scores = measured(model, BATCHES["plain"])
+    factors = torch.linspace(1.0, 2.0, 16)[None, :, None]
+    expected = group_taylor(rotated(tiny_model(), lambda y: y * factors), BATCHES["plain"])
+    assert_close_to_oracle(scores, expected)
+
+
+def test_models_that_add_to_an_output_in_place_are_scored():
+    """Falcon adds the attention's output to the MLP's in place; the backward must still run."""
+    model = wrapped(importance="group_taylor")
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda module, inputs, y: y.add_(0.1))
+    base = tiny_model()
+    for layer in base.model.layers:
+        layer.mlp.down_proj.register_forward_hook(lambda module, inputs, y: y + 0.1)
+    scores = measured(model, BATCHES["plain"])
+    assert_close_to_oracle(scores, group_taylor(base, BATCHES["plain"]))
+
+
 class _LargestTensor(TorchDispatchMode):
     def __init__(self, shapes):
         super().__init__()

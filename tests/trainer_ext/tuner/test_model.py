@@ -16,6 +16,14 @@ from trainer_ext import SpftConfig, SpftError, select_neurons
 from trainer_ext.tuner.model import deltas, is_selected, spft_layers
 
 ARCHITECTURES = sorted(CONFIGS)
+LLAMA_FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 
 
 def logits(model) -> torch.Tensor:
@@ -211,6 +219,57 @@ def test_a_tied_head_is_refused():
 
 def test_an_untied_head_may_be_a_target():
     assert "lm_head" in spft_layers(wrapped("llama_bias", target_modules=["lm_head"]))
+
+
+def test_by_default_a_small_layer_is_trained_whole():
+    """Only an r that was asked for is an error where a layer is smaller."""
+    for layer in spft_layers(wrapped(r=None)).values():
+        assert layer.spft_delta["default"].weight.shape[0] == min(64, layer.out_features)
+
+
+def test_copies_of_modules_to_save_are_no_targets():
+    model = wrapped("llama_bias", modules_to_save=["lm_head"])
+    model.add_adapter("second", SpftConfig(r=2, importance="random"))
+    assert set(spft_layers(model, "second")) == set(spft_layers(model))
+
+
+def test_unmerging_restores_the_base_after_deletion_and_in_another_dtype():
+    model = trained()
+    before = weights(tiny_model())
+    model.merge_adapter()
+    for layer in spft_layers(model).values():
+        layer.delete_adapter("default")
+        layer.unmerge()
+    for name, weight in weights(model.get_base_model()).items():
+        assert torch.equal(weight, before[name.removesuffix(".base_layer")])
+    other = trained()
+    other.merge_adapter()
+    other.to(torch.bfloat16)
+    other.unmerge_adapter()
+    for name, weight in weights(other.get_base_model()).items():
+        assert torch.equal(weight, before[name.removesuffix(".base_layer")].to(torch.bfloat16))
+
+
+def test_a_taken_over_selection_is_told(caplog):
+    model = trained()
+    assert "starts with its neurons" not in caplog.text
+    model.add_adapter("ref", model.peft_config["default"])
+    assert caplog.text.count("starts with its neurons") == 1
+
+
+def test_what_looks_trained_but_is_not_is_told(caplog):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    fields = {k: v for k, v in CONFIGS["mistral"].to_dict().items() if k in LLAMA_FIELDS}
+    mixtral = MixtralForCausalLM(MixtralConfig(**fields, num_local_experts=2))
+    names = ["q_proj", "gate_proj"]
+    model = get_peft_model(mixtral, SpftConfig(r=2, target_modules=names))
+    assert "target_modules names gate_proj" in caplog.text
+    assert "4 fused expert weights, first model.layers.0.mlp.experts.gate_up_proj" in caplog.text
+    assert {name.rsplit(".", 1)[1] for name in spft_layers(model)} == {"q_proj"}
+    caplog.clear()
+    wrapped(target_modules=["q_proj"])
+    assert not caplog.text
 
 
 def test_compiled_forward_equals_eager():
