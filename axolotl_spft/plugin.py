@@ -17,8 +17,6 @@ from .args import in_yaml_words, read_args, spft_config, warn_of_unused_lora_key
 from .checks import refuse_unsupported
 from .saved import check_continued_adapter, check_resumed_adapter
 
-logger = logging.getLogger(__name__)
-
 ADAPTER = "prune_spft"
 
 
@@ -86,6 +84,8 @@ class SPFTPlugin(BasePlugin):
 
 class _Callback(SpftCallback):
     """SpftCallback whose messages name the YAML's keys."""
+
+    logger = logging.getLogger("axolotl.spft")  # Axolotl shows INFO of its own loggers alone
 
     def __init__(self, trainer, cfg) -> None:
         super().__init__(trainer)

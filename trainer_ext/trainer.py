@@ -35,7 +35,12 @@ class SpftCallback(TrainerCallback):
     Works with any `transformers.Trainer` whose model is a PEFT model with an SPFT adapter:
     `trainer.add_callback(SpftCallback(trainer))`. Selection happens once the engine is fully
     prepared and only in a fresh adapter; a resumed or continued one keeps its neurons.
+
+    Attributes:
+        logger: takes the progress messages; front ends whose users see only their own may set it.
     """
+
+    logger = logger
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
@@ -61,7 +66,7 @@ class SpftCallback(TrainerCallback):
         if self.trainer.is_world_process_zero():
             self.scores.save(Path(args.output_dir) / IMPORTANCE_FILE)
             selection.save(Path(args.output_dir) / SELECTION_FILE)
-        logger.info(
+        self.logger.info(
             "SPFT selected %d neurons in %d layers by %s (%d batches, %.1f s)",
             sum(index.numel() for index in selection.index.values()),
             len(selection.index),
