@@ -6,7 +6,15 @@ import difflib
 import logging
 from contextlib import contextmanager
 
-from pydantic import BaseModel, Field, StrictFloat, StrictInt, StrictStr, ValidationError
+from pydantic import (
+    BaseModel,
+    Field,
+    StrictBool,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
 
 from trainer_ext import SpftConfig, SpftError
 from trainer_ext.config import AXES, METRICS, check_budget, check_choice, check_positive_int
@@ -22,6 +30,27 @@ _USED_LORA_KEYS = {
     "lora_target_linear",
     "lora_target_modules",
 }
+
+
+# Keys whose value is the SpftConfig field of the same name, as it stands.
+_PASSED_ON = (
+    "importance",
+    "calibration_batches",
+    "importance_file",
+    "class_field",
+    "zo_eps",
+    "zo_directions",
+    "accumulator_memory",
+    "accumulator_offload",
+    "stability",
+    "allocation",
+    "allocation_floor",
+    "allocation_ceiling",
+    "r_pattern",
+    "density_pattern",
+    "axis",
+    "seed",
+)
 
 
 class SPFTArgs(BaseModel):
@@ -52,6 +81,46 @@ class SPFTArgs(BaseModel):
         default=None,
         description="Scores of an earlier run (spft_importance.safetensors) to select by.",
     )
+    spft_class_field: StrictStr | None = Field(
+        default=None, description="Dataset column that holds the classes of quantile_mean."
+    )
+    spft_zo_eps: StrictFloat | StrictInt | None = Field(
+        default=None, description="Size of zo_taylor's perturbations. Default: 0.001."
+    )
+    spft_zo_directions: StrictInt | None = Field(
+        default=None, description="Random directions of zo_taylor for each batch. Default: 5."
+    )
+    spft_accumulator_memory: StrictFloat | StrictInt | None = Field(
+        default=None,
+        description="Memory for taylor's accumulators on each process, in GiB; what does not fit "
+        "takes further passes. Default: no limit, one pass.",
+    )
+    spft_accumulator_offload: StrictBool | None = Field(
+        default=None, description="Keep taylor's accumulators in CPU memory. Default: false."
+    )
+    spft_stability: StrictBool | None = Field(
+        default=None,
+        description="Report how far two halves of the calibration data agree. Default: true.",
+    )
+    spft_allocation: StrictStr | None = Field(
+        default=None,
+        description="uniform, or global: one budget of parameters spread over the layers by the "
+        "scores in spft_importance_file. Default: uniform.",
+    )
+    spft_allocation_floor: StrictFloat | StrictInt | None = Field(
+        default=None,
+        description="Least share of its uniform number that global leaves a layer. Default: 0.25.",
+    )
+    spft_allocation_ceiling: StrictFloat | StrictInt | None = Field(
+        default=None,
+        description="Largest multiple of its uniform number that global gives. Default: 4.",
+    )
+    spft_r_pattern: dict[StrictStr, StrictInt] | None = Field(
+        default=None, description="Neurons of single layers: name or pattern -> number."
+    )
+    spft_density_pattern: dict[StrictStr, StrictFloat | StrictInt] | None = Field(
+        default=None, description="As spft_r_pattern, with shares of the layer's neurons."
+    )
     spft_axis: StrictStr | None = Field(
         default=None, description="What a neuron is: rows (output neurons). Default: rows."
     )
@@ -64,7 +133,7 @@ class SPFTArgs(BaseModel):
         default=None, description="Layers to leave out: names or a regular expression."
     )
     spft_seed: StrictInt | None = Field(
-        default=None, description="Seed of the random importance. Default: 42."
+        default=None, description="Seed of random scores and of zo_taylor's noise. Default: 42."
     )
 
 
@@ -127,13 +196,7 @@ def spft_config(cfg, model) -> SpftConfig:
     r = cfg.spft_r
     if r is None and cfg.spft_density is None and cfg.lora_r:
         r = 2 * cfg.lora_r
-    given = {
-        "importance": cfg.spft_importance,
-        "calibration_batches": cfg.spft_calibration_batches,
-        "importance_file": cfg.spft_importance_file,
-        "axis": cfg.spft_axis,
-        "seed": cfg.spft_seed,
-    }
+    given = {name: cfg[f"spft_{name}"] for name in _PASSED_ON}
     named = cfg.spft_target_modules or cfg.lora_target_modules or None
     config = SpftConfig(
         r=r,

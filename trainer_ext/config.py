@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -11,8 +12,17 @@ from .errors import SpftError
 from .peft_type import add_peft_type
 
 DEFAULT_R = 64
-METRICS = ("magnitude", "group_taylor", "random")
+METRICS = (
+    "magnitude",
+    "taylor",
+    "group_taylor",
+    "zo_taylor",
+    "quantile_mean",
+    "wanda",
+    "random",
+)
 AXES = ("rows",)
+ALLOCATIONS = ("uniform", "global")
 
 
 @dataclass
@@ -59,6 +69,65 @@ class SpftConfig(PeftConfig):
             "them instead of calibrating."
         },
     )
+    class_field: str | None = field(
+        default=None,
+        metadata={"help": "Dataset column that holds the classes of `quantile_mean`."},
+    )
+    zo_eps: float = field(
+        default=1e-3,
+        metadata={"help": "Size of `zo_taylor`'s perturbations, in units of the weights."},
+    )
+    zo_directions: int = field(
+        default=5,
+        metadata={"help": "Random directions of `zo_taylor` for each calibration batch."},
+    )
+    accumulator_memory: float | None = field(
+        default=None,
+        metadata={
+            "help": "Memory for `taylor`'s gradient accumulators on each process, in GiB; what "
+            "does not fit is accumulated in further passes over the batches. None: one pass."
+        },
+    )
+    accumulator_offload: bool = field(
+        default=False, metadata={"help": "Keep `taylor`'s gradient accumulators in CPU memory."}
+    )
+    stability: bool = field(
+        default=True,
+        metadata={
+            "help": "Score two halves of the calibration data as well and report how far their "
+            "selections agree."
+        },
+    )
+    allocation: str = field(
+        default="uniform",
+        metadata={
+            "help": "`uniform`: `r` or `density` in every layer. `global`: as many parameters in "
+            "all, spread over the layers by their scores in `importance_file`."
+        },
+    )
+    allocation_floor: float = field(
+        default=0.25,
+        metadata={"help": "Least share of its uniform number that `global` leaves a layer."},
+    )
+    allocation_ceiling: float = field(
+        default=4.0,
+        metadata={"help": "Largest multiple of its uniform number that `global` gives a layer."},
+    )
+    r_pattern: dict[str, int] | None = field(
+        default=None,
+        metadata={
+            "help": "Neurons of single layers: name ending or regular expression -> number. The "
+            "first that matches counts."
+        },
+    )
+    density_pattern: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "As `r_pattern`, with shares of the layer's neurons."},
+    )
+    allocated: dict[str, int] | None = field(
+        default=None,
+        metadata={"help": "Neurons of each layer that `global` came to; filled in, not given."},
+    )
     axis: str = field(
         default="rows",
         metadata={"help": "What a neuron is: `rows`, an output neuron with its input weights."},
@@ -85,7 +154,7 @@ class SpftConfig(PeftConfig):
         metadata={"help": "Modules trained and saved whole beside the selected neurons."},
     )
     seed: int = field(
-        default=42, metadata={"help": "Seed of the `random` metric; others do not use it."}
+        default=42, metadata={"help": "Seed of `random`'s scores and of `zo_taylor`'s noise."}
     )
 
     def __post_init__(self) -> None:
@@ -100,7 +169,17 @@ class SpftConfig(PeftConfig):
         check_budget(self.r, self.density)
         check_choice("importance", self.importance, METRICS)
         check_choice("axis", self.axis, AXES)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
         check_positive_int("calibration_batches", self.calibration_batches)
+        check_positive_int("zo_directions", self.zo_directions)
+        check_positive_number("zo_eps", self.zo_eps)
+        if self.accumulator_memory is not None:
+            check_positive_number("accumulator_memory", self.accumulator_memory)
+        if self.importance == "quantile_mean" and not (self.class_field or self.importance_file):
+            raise SpftError(
+                "`importance` is 'quantile_mean' but `class_field` is not set; name the dataset "
+                "column that holds each row's class"
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise SpftError(
                 f"`layers_pattern` is {self.layers_pattern!r} but `layers_to_transform` is not "
@@ -153,6 +232,13 @@ def check_positive_int(key: str, value: object) -> None:
     """Refuse anything but a whole number of at least 1 (booleans included)."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SpftError(f"`{key}` is {value!r}; allowed is a whole number of at least 1")
+
+
+def check_positive_number(key: str, value: object) -> None:
+    """Refuse anything but a finite number above 0 (booleans included)."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise SpftError(f"`{key}` is {value!r}; allowed is a number above 0")
 
 
 def check_pattern(key: str, value: object) -> None:
