@@ -14,9 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from .config import SpftConfig
+from .distributed import release_gathered_weights
 from .errors import SpftError
 from .importance import METRIC_CLASSES
+from .importance.base import ImportanceMetric, RunBatch
 from .importance.scores import ImportanceScores
+from .importance.stability import Stability, measure_stability
 from .selection import NeuronSelection, apply_selection, check_same_layers, select_top
 from .tuner.model import adapter_config, spft_layers
 
@@ -26,48 +30,84 @@ logger = logging.getLogger(__name__)
 # the jitter of routers.
 _RANDOM_FORWARD = re.compile(r"drop|neftune_noise_alpha|jitter_noise")
 
-# Runs one optimizer step's data: forward, and with True also backward.
-RunBatch = Callable[[bool], None]
-
 
 def measure_importance(
     model: nn.Module,
     batches: Iterable[RunBatch] = (),
     adapter_name: str = "default",
+    on_batch: Callable[[], None] = lambda: None,
 ) -> ImportanceScores:
     """Score every neuron of the adapter's layers by the metric of its configuration.
 
     The model is left as it was: mode, random states, gradients and requires_grad flags.
 
     Args:
-        model: a PEFT model with an SPFT adapter, not wrapped by an engine.
-        batches: for metrics that need data, one callable a batch.
+        model: a PEFT model with an SPFT adapter, without the wrapper of an engine.
+        batches: for metrics that need data, one callable a batch: it runs the loss of one optimizer
+            step's data, with True also the backward, and returns the loss.
+        on_batch: called after each batch of each pass.
 
     Raises:
         SpftError: the metric needs data and there was none.
     """
     config = adapter_config(model, adapter_name)
     layers = spft_layers(model, adapter_name)
-    metric = METRIC_CLASSES[config.importance](layers, seed=config.seed)
+    metric = METRIC_CLASSES[config.importance](layers, config, model)
     started = time.perf_counter()
     count = 0
     if metric.needs_data:
-        with calibration_mode(model, layers), metric.attached():
-            for run_batch in batches:
-                metric.observe(run_batch)
-                count += 1
+        passes = metric.passes()
+        if len(passes) > 1:
+            batches = list(batches)
+        with calibration_mode(model, layers, metric.needs_gradients):
+            for names in passes:
+                metric.begin_pass(names)
+                with metric.attached(names):
+                    for run_batch in batches:
+                        metric.observe(run_batch)
+                        on_batch()
+                release_gathered_weights(model)
+                metric.end_pass()
+        count = sum(metric.batches)
         if not count:
             raise SpftError(
                 f"`importance` {config.importance!r} needs data but there was no batch; "
                 "give batches, or use `importance`: magnitude"
             )
+    scores = metric.scores()
+    stability = _stability(metric, config) if count > 1 else None
+    silent = metric.silent_layers() if count else []
     return ImportanceScores(
-        scores=metric.scores(),
+        scores=scores,
         metric=config.importance,
         batches=count,
         seconds=time.perf_counter() - started,
-        silent_layers=metric.silent_layers() if count else [],
+        silent_layers=silent,
+        stability=stability,
+        diagnostics=metric.diagnostics() if count else {},
+        warnings=_warnings(metric, stability, silent) if count else [],
     )
+
+
+def _stability(metric: ImportanceMetric, config: SpftConfig) -> Stability | None:
+    if metric.parts == 1:
+        return None
+    neurons = {n: config.neurons_of(n, layer.out_features) for n, layer in metric.layers.items()}
+    first, second = metric.scores([0]), metric.scores([1])
+    return measure_stability(first, second, neurons, sum(metric.batches))
+
+
+def _warnings(metric: ImportanceMetric, stability: Stability | None, silent: list[str]):
+    found = metric.warnings()
+    if stability is not None and stability.warning():
+        found.append(stability.warning())
+    if silent:
+        found.append(
+            f"the calibration data never reached {len(silent)} of the targeted layers, first "
+            f"{silent[0]}; their neurons are chosen by position. Exclude them, or calibrate on "
+            "more data"
+        )
+    return found
 
 
 def select_by_scores(
@@ -132,10 +172,11 @@ def select_neurons(
     loss = loss or (lambda model, batch: model(**batch).loss)
 
     def run(batch: dict) -> RunBatch:
-        def run_batch(backward: bool) -> None:
-            value = loss(model, batch)
+        def run_batch(backward: bool) -> torch.Tensor:
+            value = loss(model, dict(batch))
             if backward:
                 value.backward()
+            return value.detach()
 
         return run_batch
 
@@ -148,21 +189,26 @@ def select_neurons(
 
 
 @contextmanager
-def calibration_mode(model: nn.Module, layers: dict):
+def calibration_mode(model: nn.Module, layers: dict, gradients: bool = True):
     """Train mode without randomness and without trainable parameters, undone on exit.
 
-    Train mode because activation checkpointing is off in eval mode. What the loss itself flips
+    Train mode because activation checkpointing is off in eval mode. Without `gradients` nothing
+    requires a gradient, so forwards keep no activations; checkpointing, whose reentrant form runs
+    without grad mode as a reference model does, is off then. What the loss itself flips
     (DPO's reference forward switches requires_grad back on) is restored too.
     """
     modules = list(model.modules())
     training = [module.training for module in modules]
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
     random_state = _random_state()
-    silenced: list[tuple[object, str, float]] = []
+    silenced: list[tuple[object, str, float | bool]] = []
     embedding_hook = None
     try:
         _silence(modules, silenced)
-        embedding_hook = _require_input_grads(model)
+        if gradients:
+            embedding_hook = _require_input_grads(model)
+        else:
+            _stop_checkpointing(modules, silenced)
         model.train()
         for module in modules:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -198,6 +244,13 @@ def _silence(modules: list[nn.Module], silenced: list[tuple[object, str, float]]
             if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
                 silenced.append((owner, name, value))
                 setattr(owner, name, 0.0)
+
+
+def _stop_checkpointing(modules: list[nn.Module], stopped: list) -> None:
+    for module in modules:
+        if getattr(module, "gradient_checkpointing", False) is True:
+            stopped.append((module, "gradient_checkpointing", True))
+            module.gradient_checkpointing = False
 
 
 def _require_input_grads(model: nn.Module):

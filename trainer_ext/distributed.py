@@ -1,11 +1,17 @@
-"""Who else takes part in a run: the engine that trains, and sums over its processes."""
+"""Who else takes part in a run: sums over processes, and what of a weight each of them holds."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from .errors import SpftError
+
+BLOCK_ROWS = 64  # rows of a stored weight that are worked on together
+_BLOCK_ELEMENTS = 2**17
 
 
 def world_size() -> int:
@@ -13,37 +19,252 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def mean_over_processes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Average each tensor over all processes, in one reduction; every process gets the same bits.
+def process_rank() -> int:
+    """This process's number, from 0; 0 without torch.distributed."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def sum_over_processes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Add each tensor up over all processes in fp64, in one reduction; all get the same bits.
 
     Args:
         tensors: the same names and shapes on every process; not modified.
     """
-    if world_size() == 1:
+    if world_size() == 1 or not tensors:
         return tensors
     flat = torch.cat([t.double().flatten() for t in tensors.values()])
+    flat = flat.to(_communication_device(flat.device))
     dist.all_reduce(flat)
-    flat /= world_size()
     parts = flat.split([t.numel() for t in tensors.values()])
     return {
-        name: part.view_as(tensor)
+        name: part.view(tensor.shape).to(tensor.device)
         for (name, tensor), part in zip(tensors.items(), parts, strict=True)
     }
 
 
+def mean_over_processes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """As `sum_over_processes`, divided by the number of processes."""
+    if world_size() == 1:
+        return tensors
+    return {name: total / world_size() for name, total in sum_over_processes(tensors).items()}
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set on any process; all of them must ask."""
+    return bool(sum_over_processes({"flag": torch.tensor(float(flag))})["flag"])
+
+
+def _communication_device(device: torch.device) -> torch.device:
+    """Where a tensor on `device` must go to be communicated: NCCL knows no CPU memory."""
+    if device.type != "cpu" or dist.get_backend() in ("gloo", "mpi"):
+        return device
+    return torch.device(
+        torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index()
+    )
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """Which elements of a linear layer's weight each process holds.
+
+    Every engine cuts the stored weight, flattened row by row, into one contiguous range a
+    process: ZeRO-3 into slices of ceil(numel / world) elements, FSDP2 into blocks of
+    ceil(rows / world) rows. A replicated weight is cut as ZeRO-3 does, into the ranges that the
+    processes work on. Ranges are disjoint, their union is the weight; the last ones may be
+    shorter or empty.
+
+    Attributes:
+        rows, columns: shape of the weight as stored.
+        neurons_are_columns: True for Conv1D, which stores (d_in, d_out).
+        world: number of processes.
+        block: elements of a process's range, padding included.
+        kind: "replicated", "zero3" or "fsdp2".
+    """
+
+    rows: int
+    columns: int
+    neurons_are_columns: bool
+    world: int
+    block: int
+    kind: str
+
+    @classmethod
+    def of(cls, weight: torch.Tensor, neurons_are_columns: bool = False) -> ShardLayout:
+        """The layout of a live weight, whichever engine holds it.
+
+        Raises:
+            SpftError: it is sharded over some of the processes only, or along another dimension.
+        """
+        world = world_size()
+        shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        numel = shape[0] * shape[1]
+        kind, block = "replicated", -(-numel // world)
+        if hasattr(weight, "ds_tensor"):
+            kind = "zero3"
+            if dist.get_world_size(weight.ds_process_group) != world:
+                raise SpftError(
+                    "the weights are partitioned over a part of the processes (MiCS, hpZ or "
+                    "expert groups); use plain ZeRO-3"
+                )
+        elif hasattr(weight, "placements"):
+            kind, block = "fsdp2", -(-shape[0] // world) * shape[1]
+            placements = [str(p) for p in weight.placements]
+            if placements != ["S(0)"] or weight.device_mesh.size() != world:
+                raise SpftError(
+                    f"the weights are sharded as {placements} over {weight.device_mesh.size()} of "
+                    f"{world} processes; SPFT needs FSDP2's full shard of rows over all of them"
+                )
+        return cls(shape[0], shape[1], neurons_are_columns, world, block, kind)
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+    def local_range(self, rank: int) -> tuple[int, int]:
+        """Start and stop of a process's range in the flattened weight."""
+        start = min(rank * self.block, self.numel)
+        return start, min(start + self.block, self.numel)
+
+    def blocks(self, rank: int) -> Iterator[Block]:
+        """Rectangles of the stored weight that make up a process's range, in order.
+
+        They are small, to bound the memory of what is computed on them, and end at multiples of
+        BLOCK_ROWS wherever they can.
+        """
+        start, stop = self.local_range(rank)
+        whole_rows = BLOCK_ROWS * max(1, _BLOCK_ELEMENTS // (self.columns * BLOCK_ROWS))
+        at = start
+        while at < stop:
+            row, column = divmod(at, self.columns)
+            if column or stop - at < self.columns:
+                end = min(stop, (row + 1) * self.columns)
+                yield Block(at - start, row, row + 1, column, column + end - at)
+            else:
+                rows = min(whole_rows - row % BLOCK_ROWS, (stop - at) // self.columns)
+                end = at + rows * self.columns
+                yield Block(at - start, row, row + rows, 0, self.columns)
+            at = end
+
+    def selected_mask(self, index: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the selected neurons' elements lie that a process holds.
+
+        Args:
+            index: int64 (r,), distinct neurons.
+
+        Returns:
+            int64 (n,) positions in the process's range, and int64 (n,) positions of the same
+            elements in the flattened compact (r, d_in) tensor.
+        """
+        d_in = self.rows if self.neurons_are_columns else self.columns
+        inputs, index = torch.arange(d_in, device=index.device), index[:, None]
+        if self.neurons_are_columns:
+            flat = inputs * self.columns + index
+        else:
+            flat = index * self.columns + inputs
+        flat = flat.flatten()
+        start, stop = self.local_range(rank)
+        held = ((flat >= start) & (flat < stop)).nonzero()[:, 0]
+        return flat[held] - start, held
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of a stored weight within a process's range.
+
+    Attributes:
+        offset: of its first element in the range.
+        row, row_stop, column, column_stop: its place in the stored weight.
+    """
+
+    offset: int
+    row: int
+    row_stop: int
+    column: int
+    column_stop: int
+
+    def of(self, local: torch.Tensor) -> torch.Tensor:
+        """The rectangle of a flat tensor that holds the process's range."""
+        rows, columns = self.row_stop - self.row, self.column_stop - self.column
+        return local[self.offset : self.offset + rows * columns].view(rows, columns)
+
+
+def local_shard(weight: torch.Tensor, layout: ShardLayout) -> torch.Tensor:
+    """This process's range of a weight, flat (without padding), sharing its memory."""
+    start, stop = layout.local_range(process_rank())
+    if layout.kind == "zero3":
+        return weight.ds_tensor.data[: stop - start]
+    if layout.kind == "fsdp2":
+        return weight.detach().to_local().reshape(-1)[: stop - start]
+    return weight.detach().reshape(-1)[start:stop]
+
+
+def read_neurons(weight: torch.Tensor, layout: ShardLayout, index: torch.Tensor) -> torch.Tensor:
+    """The weights of some neurons, (r, d_in) in the weight's dtype; all processes must ask.
+
+    Args:
+        index: int64 (r,), the same on all processes.
+    """
+    dimension = 1 if layout.neurons_are_columns else 0
+    if layout.kind == "replicated":
+        rows = weight.detach().index_select(dimension, index.to(weight.device))
+        return rows.t() if layout.neurons_are_columns else rows
+    local = local_shard(weight, layout)
+    here, there = layout.selected_mask(index.to(local.device), process_rank())
+    d_in = layout.rows if layout.neurons_are_columns else layout.columns
+    rows = torch.zeros(index.numel() * d_in, dtype=torch.float64, device=local.device)
+    rows[there] = local[here].double()
+    rows = sum_over_processes({"rows": rows})["rows"]
+    return rows.view(-1, d_in).to(weight.device, local.dtype)
+
+
+@torch.no_grad()
+def write_neurons(
+    weight: torch.Tensor, layout: ShardLayout, index: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """Write (r, d_in) weights of some neurons into a weight; every process writes what it holds."""
+    if layout.kind == "replicated":
+        index, rows = index.to(weight.device), rows.to(weight)
+        if layout.neurons_are_columns:
+            weight.index_copy_(1, index, rows.t())
+        else:
+            weight.index_copy_(0, index, rows)
+        return
+    local = local_shard(weight, layout)
+    here, there = layout.selected_mask(index.to(local.device), process_rank())
+    local[here] = rows.to(local).flatten()[there]
+    if layout.kind == "zero3" and weight.numel():
+        # Small parameters stay gathered (stage3_param_persistence_threshold): the copy that
+        # forwards read must follow.
+        whole = weight.data.view(layout.rows, layout.columns)
+        write_neurons(whole, ShardLayout.of(whole, layout.neurons_are_columns), index, rows)
+
+
+def release_gathered_weights(model: torch.nn.Module, engine: object = None) -> None:
+    """Let an engine shard again what passes outside of its own schedule have gathered.
+
+    Args:
+        engine: the DeepSpeed engine, if one trains.
+    """
+    for module in model.modules():
+        if hasattr(module, "unshard") and hasattr(module, "reshard"):  # FSDP2's FSDPModule
+            module.reshard()
+    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
+    if offload is not None:  # ZeRO-3
+        offload.partition_all_parameters()
+
+
 def refuse_unsupported_engine(trainer) -> None:
-    """Refuse engines that hold weights or compact rows sharded: not supported yet.
+    """Refuse engines that SPFT cannot train under.
 
     Raises:
         SpftError: names the engine.
     """
-    for engine, used in (
-        ("DeepSpeed", getattr(trainer, "is_deepspeed_enabled", False)),
-        ("FSDP", getattr(trainer, "is_fsdp_enabled", False)),
-        ("torch.nn.DataParallel", trainer.args.n_gpu > 1),
+    if trainer.args.n_gpu > 1:
+        raise SpftError(
+            "SPFT does not train under torch.nn.DataParallel; start one process a GPU "
+            "(accelerate launch --multi_gpu), or show one GPU by CUDA_VISIBLE_DEVICES"
+        )
+    if getattr(trainer, "is_fsdp_enabled", False) and not getattr(
+        trainer.accelerator, "is_fsdp2", False
     ):
-        if used:
-            raise SpftError(
-                f"SPFT does not train under {engine} yet; use one process, or DDP "
-                "(accelerate launch --multi_gpu) without deepspeed and fsdp settings"
-            )
+        raise SpftError("SPFT does not train under FSDP1; set fsdp_version: 2")

@@ -8,6 +8,11 @@ from collections.abc import Mapping
 _FIELD = re.compile(r"`(\w+)`")
 
 
+def in_plain_words(message: str, names: Mapping[str, str] | None = None) -> str:
+    """A message as users read it: fields in backticks called by their names in the front end."""
+    return _FIELD.sub(lambda m: (names or {}).get(m[1], m[1]), message)
+
+
 class SpftError(ValueError):
     """A mistake in the user's input, described in one line.
 
@@ -17,7 +22,7 @@ class SpftError(ValueError):
     """
 
     def __init__(self, message: str) -> None:
-        super().__init__(message.replace("`", ""))
+        super().__init__(in_plain_words(message).replace("`", ""))
         self._marked = message
 
     def renamed(self, names: Mapping[str, str]) -> SpftError:

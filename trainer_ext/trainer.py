@@ -14,8 +14,8 @@ from transformers import Trainer, TrainerCallback
 
 from .calibration import load_scores, measure_importance, select_by_scores
 from .config import SpftConfig
-from .distributed import refuse_unsupported_engine
-from .errors import SpftError
+from .distributed import refuse_unsupported_engine, release_gathered_weights
+from .errors import SpftError, in_plain_words
 from .importance import METRIC_CLASSES
 from .importance.scores import ImportanceScores
 from .peft_type import add_peft_type
@@ -111,13 +111,9 @@ class SpftCallback(TrainerCallback):
             disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
         )
         with bar, untouched(trainer):
-
-            def batches():
-                for run_batch in first_batches(trainer, count):
-                    yield run_batch
-                    bar.update()
-
-            scores = measure_importance(model, batches(), adapter_name)
+            batches = first_batches(trainer, count)
+            scores = measure_importance(model, batches, adapter_name, on_batch=bar.update)
+        release_gathered_weights(model, engine=trainer.model_wrapped)
         if scores.batches < count:
             logger.warning(
                 "SPFT calibrated on %d batches instead of calibration_batches = %d: one epoch of "
@@ -125,14 +121,13 @@ class SpftCallback(TrainerCallback):
                 scores.batches,
                 count,
             )
-        if scores.silent_layers:
-            logger.warning(
-                "the calibration data never reached %d of the targeted layers (no gradient), first "
-                "%s; their neurons are chosen by position. Exclude them, or calibrate on more data",
-                len(scores.silent_layers),
-                scores.silent_layers[0],
-            )
+        for warning in scores.warnings:
+            logger.warning("%s", self.words(warning))
         return scores
+
+    def words(self, message: str) -> str:
+        """A message that has fields of SpftConfig in backticks, as the front end names them."""
+        return in_plain_words(message)
 
     def _scores_of_this_run(self, model, adapter_name: str) -> ImportanceScores | None:
         """Scores of the interrupted run that is being resumed, for its report."""

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import IterableDataset
 
-from .calibration import RunBatch
 from .errors import SpftError
+from .importance.base import RunBatch
 
 _SCALARS = (int, float, complex, str, bytes, bool, type(None))
 
@@ -61,7 +61,8 @@ def bare_model(trainer):
 def _run_optimizer_step(trainer, micro_batches: list, num_items) -> RunBatch:
     model = bare_model(trainer)  # an engine's wrapper would start its gradient machinery
 
-    def run_batch(backward: bool) -> None:
+    def run_batch(backward: bool) -> torch.Tensor:
+        total = 0.0
         trainer.current_gradient_accumulation_steps = len(micro_batches)
         for micro_batch in micro_batches:
             # compute_loss may take entries out of its inputs, and the batch may be run again.
@@ -77,6 +78,8 @@ def _run_optimizer_step(trainer, micro_batches: list, num_items) -> RunBatch:
                 loss = loss / len(micro_batches)
             if backward:
                 loss.backward()
+            total = total + loss.detach()
+        return total
 
     return run_batch
 

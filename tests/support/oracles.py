@@ -43,3 +43,67 @@ def group_taylor(model, batches: list[dict]) -> dict[str, torch.Tensor]:
         name: (dense[name].double() * gradient.double()).sum(dim=1).abs()
         for name, gradient in gradients.items()
     }
+
+
+def taylor(model, batches: list[dict]) -> dict[str, torch.Tensor]:
+    """sum_j |w_ij gbar_ij| from full weight gradients, in fp64."""
+    gradients, dense = mean_gradients(model, batches), weights(model)
+    return {
+        name: (dense[name].double() * gradient.double()).abs().sum(dim=1)
+        for name, gradient in gradients.items()
+    }
+
+
+def wanda(model, batches: list[dict]) -> dict[str, torch.Tensor]:
+    """sum_j |w_ij| * ||x_j||_2 over all tokens that the attention mask does not call padding."""
+    dense = weights(model)
+    squares = dict.fromkeys(dense, 0.0)
+    hooks = []
+    for name, layer in model.named_modules():
+        if name in dense:
+
+            def note(module, inputs, name=name):
+                tokens = inputs[0].detach().double().flatten(0, -2)
+                squares[name] = squares[name] + (tokens * real[:, None]).square().sum(dim=0)
+
+            hooks.append(layer.register_forward_pre_hook(note))
+    with torch.no_grad():
+        for batch in batches:
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+            real = mask.flatten().double()
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return {n: (w.double().abs() * squares[n].sqrt()).sum(dim=1) for n, w in dense.items()}
+
+
+def quantile_mean(model, batches: list[dict], classes: list[list[int]]) -> dict[str, torch.Tensor]:
+    """Mean over quantiles 0, 0.1 ... 1 of the classes' |sum_j w_ij gbar^c_ij|.
+
+    gbar^c is the gradient of the mean loss over the targets of class c in all batches, each class
+    run by itself. The batches must have the same number of targets.
+    """
+    dense = weights(model)
+    by_class: dict[str, list[torch.Tensor]] = {name: [] for name in dense}
+    for number in sorted({c for rows in classes for c in rows}):
+        sums = dict.fromkeys(dense, 0.0)
+        targets = 0
+        for batch, row_classes in zip(batches, classes, strict=True):
+            rows = [row for row, c in enumerate(row_classes) if c == number]
+            if not rows:
+                continue
+            part = {key: value[rows] for key, value in batch.items()}
+            count = int((part["labels"][:, 1:] != -100).sum())
+            for name, gradient in mean_gradients(model, [part]).items():
+                sums[name] = sums[name] + gradient.double() * count  # of the summed loss
+            targets += count
+        for name, total in sums.items():
+            if isinstance(total, torch.Tensor):
+                by_class[name].append((dense[name].double() * total / targets).sum(dim=1).abs())
+    return {
+        name: torch.stack(
+            [torch.quantile(torch.stack(scores), q / 10, dim=0) for q in range(11)]
+        ).mean(dim=0)
+        for name, scores in by_class.items()
+        if scores
+    }

@@ -191,14 +191,14 @@ def test_one_line_with_what_was_seen_and_the_mend(name, tmp_path):
         assert fragment in message, message
 
 
-def test_sharding_engines_are_refused_until_they_are_supported(tmp_path):
+def test_fsdp1_is_refused(tmp_path):
     arguments = TrainingArguments(str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
     trainer = SpftTrainer(
         tiny_model(), arguments, train_dataset=dataset(8), spft_config=SpftConfig(r=2)
     )
     callback = next(c for c in trainer.callback_handler.callbacks if isinstance(c, SpftCallback))
-    trainer.is_deepspeed_enabled = True
-    with pytest.raises(SpftError, match="under DeepSpeed"):
+    trainer.is_fsdp_enabled = True  # and the accelerator's is_fsdp2 is not set
+    with pytest.raises(SpftError, match="under FSDP1"):
         callback.on_train_begin(arguments, trainer.state, trainer.control)
 
 

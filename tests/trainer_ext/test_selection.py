@@ -4,6 +4,8 @@ back what went in, and damage or a wrong kind is refused in one line."""
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from adapters import fill_deltas, selected, wrapped
@@ -18,6 +20,7 @@ from trainer_ext import (
     current_selection,
     select_by_scores,
 )
+from trainer_ext.importance.stability import Stability
 from trainer_ext.selection import select_top, top_neurons
 
 FINITE = st.floats(-1e30, 1e30, allow_nan=False, width=64)
@@ -74,13 +77,22 @@ def test_file_round_trip(tmp_path_factory, sizes, data):
 
 def test_scores_file_round_trip(tmp_path):
     scores = ImportanceScores(
-        {"a": torch.rand(5, dtype=torch.float64)}, "group_taylor", 8, 1.25, ["b"], {"x": "y"}
+        {"a": torch.rand(5, dtype=torch.float64)},
+        "group_taylor",
+        batches=8,
+        seconds=1.25,
+        silent_layers=["b"],
+        stability=Stability({"a": 0.5}, {"a": 0.25}, 8, 20),
+        diagnostics={"rank_correlation": {"a": 0.1}},
+        warnings=["raise `calibration_batches`"],
+        metadata={"x": "y"},
     )
     scores.save(tmp_path / "scores")
     loaded = ImportanceScores.load(tmp_path / "scores")
     assert torch.equal(loaded.scores["a"], scores.scores["a"])
-    for name in ("metric", "batches", "seconds", "silent_layers", "metadata"):
-        assert getattr(loaded, name) == getattr(scores, name)
+    for field in dataclasses.fields(ImportanceScores):
+        if field.name != "scores":
+            assert getattr(loaded, field.name) == getattr(scores, field.name)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

@@ -3,47 +3,103 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
+from ..config import SpftConfig
 from ..tuner.layer import SpftLinear
+
+# Runs the loss of one optimizer step's data on this process, with True also its backward; returns
+# the loss, whose mean over the processes is the loss of the global batch.
+RunBatch = Callable[[bool], torch.Tensor]
 
 
 class ImportanceMetric(ABC):
     """Scores the output neurons of the given layers.
 
-    A metric is used once: `attached()` around the whole calibration, `observe` for every
-    calibration batch, then `scores`.
+    A metric is used once. For each of `passes()`: `attached(layers)` around `observe` for every
+    calibration batch. Then `scores`.
+
+    The calibration batches are dealt in turn to `parts` parts, whose sums are kept apart, so that
+    the scores of either half of the data can be had as well as those of all.
 
     Attributes:
         needs_data: whether `observe` must be called at all.
+        needs_gradients: whether batches must be run with their backward.
+        layers: layer name -> layer.
+        parts: in how many parts the sums are kept.
+        batches: how many batches each part has taken in.
     """
 
     needs_data: bool = True
+    needs_gradients: bool = False
 
-    def __init__(self, layers: dict[str, SpftLinear], seed: int = 0) -> None:
+    def __init__(
+        self, layers: dict[str, SpftLinear], config: SpftConfig, model: nn.Module | None = None
+    ) -> None:
+        """
+        Args:
+            model: what the batches are run through.
+        """
         self.layers = layers
-        self.seed = seed
+        self.config = config
+        self.model = model
+        self.parts = 2 if self.needs_data and config.stability else 1
+        self.batches = [0] * self.parts
 
-    def attached(self) -> AbstractContextManager:
+    def passes(self) -> list[list[str]]:
+        """Groups of layers, each of which needs a pass over all batches of its own."""
+        return [list(self.layers)]
+
+    def attached(self, names: list[str]) -> AbstractContextManager:
         """Whatever must be in place while batches run; undone on exit, whatever happens."""
         return nullcontext()
 
-    def observe(self, run_batch: Callable[[bool], None]) -> None:  # noqa: B027 (not all need data)
+    def begin_pass(self, names: list[str]) -> None:
+        """Start to take in all batches, for the layers `names`."""
+        self.batches = [0] * self.parts
+
+    def observe(self, run_batch: RunBatch) -> None:
         """Take in one calibration batch.
 
         Args:
-            run_batch: runs the loss of one optimizer step's data on this process; with True also
-                the backward. A metric may call it as often as it needs, every time with the same
-                data.
+            run_batch: may be called as often as needed, every time with the same data.
         """
+        part = sum(self.batches) % self.parts
+        self._observe(run_batch, part)
+        self.batches[part] += 1
+
+    def _observe(self, run_batch: RunBatch, part: int) -> None:
+        raise NotImplementedError
+
+    def end_pass(self) -> None:  # noqa: B027 (not all have something to do)
+        """All batches have been taken in."""
+
+    def scores(self, parts: Iterable[int] | None = None) -> dict[str, torch.Tensor]:
+        """Layer name -> float64 (d_out,) on the CPU, the same on all processes.
+
+        Args:
+            parts: those whose batches count; all by default.
+        """
+        return self._scores(tuple(range(self.parts)) if parts is None else tuple(parts))
 
     @abstractmethod
-    def scores(self) -> dict[str, torch.Tensor]:
-        """Layer name -> float64 (d_out,) on the CPU, the same on all processes."""
+    def _scores(self, parts: tuple[int, ...]) -> dict[str, torch.Tensor]: ...
+
+    def _batches_in(self, parts: tuple[int, ...]) -> int:
+        return max(1, sum(self.batches[part] for part in parts))
 
     def silent_layers(self) -> list[str]:
         """Layers that the data never reached, so that their scores say nothing."""
         return []
+
+    def warnings(self) -> list[str]:
+        """Lines about scores that should not be trusted."""
+        return []
+
+    def diagnostics(self) -> dict[str, object]:
+        """Further findings for the report: plain numbers, strings, lists and dicts."""
+        return {}

@@ -13,66 +13,56 @@ from __future__ import annotations
 from contextlib import ExitStack, contextmanager
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
-from transformers.pytorch_utils import Conv1D
 
-from ..distributed import mean_over_processes
+from ..distributed import any_process, mean_over_processes, sum_over_processes
 from .base import ImportanceMetric
+from .taps import Tap, tapped
 
 # Tokens whose products are upcast to fp32 at a time: bounds the extra memory.
-_CHUNK_TOKENS = 1024
+CHUNK_TOKENS = 1024
 
 
-class GroupTaylor(ImportanceMetric):
-    """Magnitude of the loss's first-order change when a whole neuron is removed."""
+class OutputProductMetric(ImportanceMetric):
+    """Metrics made of the products of a layer's outputs and output gradients."""
 
-    def __init__(self, layers, seed: int = 0) -> None:
-        super().__init__(layers, seed)
-        self._sums = {name: _OutputProduct(layer) for name, layer in layers.items()}
-        self._batches = 0
+    needs_gradients = True
+
+    def __init__(self, layers, config, model=None) -> None:
+        super().__init__(layers, config, model)
+        self._products = {name: self._new_product(layer) for name, layer in layers.items()}
+
+    def _new_product(self, layer) -> OutputProduct:
+        raise NotImplementedError
 
     @contextmanager
-    def attached(self):
+    def attached(self, names):
         with ExitStack() as stack:
-            for name, layer in self.layers.items():
-                stack.enter_context(_tapped(layer.get_base_layer(), self._sums[name]))
+            for name in names:
+                base = self.layers[name].get_base_layer()
+                stack.enter_context(tapped(base, self._products[name]))
             yield
 
-    def observe(self, run_batch) -> None:
-        before = {name: product.total.clone() for name, product in self._sums.items()}
+    def _observe(self, run_batch, part) -> None:
+        products = self._products.values()
+        for product in products:
+            product.begin(part)
         run_batch(True)
-        if self._any_overwritten():
-            for name, product in self._sums.items():
-                product.total.copy_(before[name])
-                product.overwritten.fill_(False)
-                product.copies_output = True
+        # one look at the device for all layers; all processes run the batch again if any must
+        device = next(iter(products)).overwritten.device
+        if any_process(bool(torch.stack([p.overwritten.to(device) for p in products]).any())):
+            for product in products:
+                product.start_over()
             run_batch(True)
-        self._batches += 1
-
-    def _any_overwritten(self) -> bool:
-        """Whether any layer's output was, on any process: all of them run the batch again then."""
-        flags = [product.overwritten for product in self._sums.values()]
-        any_here = torch.stack([flag.to(flags[0].device) for flag in flags]).any()
-        return bool(mean_over_processes({"any": any_here.double()})["any"])
-
-    def scores(self) -> dict[str, torch.Tensor]:
-        totals = mean_over_processes({name: p.total for name, p in self._sums.items()})
-        return {
-            name: total.abs().cpu().double() / max(self._batches, 1)
-            for name, total in totals.items()
-        }
 
     def silent_layers(self) -> list[str]:
-        reached = mean_over_processes({n: p.reached.double() for n, p in self._sums.items()})
+        reached = sum_over_processes({n: p.reached for n, p in self._products.items()})
         return [name for name, count in reached.items() if not count]
 
 
-class _OutputProduct:
-    """Running sum over tokens of output gradient times output, for one layer.
+class OutputProduct(Tap):
+    """Running sums over tokens of output gradient times output, for one layer.
 
     Attributes:
-        total: (O,) fp64, so that the order of batches does not matter.
         reached: (1,) backward passes seen.
         overwritten: () whether a saved output changed before its backward, as models do that add
             to it in place and fused kernels that write past autograd (Liger's swiglu puts its
@@ -80,44 +70,43 @@ class _OutputProduct:
         copies_output: keep a copy of the output for the backward instead of the output itself.
     """
 
-    def __init__(self, layer) -> None:
+    before_bias = True
+
+    def __init__(self, layer, sums_shape: tuple[int, ...]) -> None:
         device = layer.get_base_layer().weight.device
+        super().__init__(device)
         wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-        self.total = torch.zeros(layer.out_features, dtype=wide, device=device)
+        # fp64, so that the order of batches does not matter; the first dimension is the part
+        self.totals = torch.zeros(sums_shape, dtype=wide, device=device)
         self.reached = torch.zeros(1, device=device)
         self.overwritten = torch.zeros((), dtype=torch.bool, device=device)
         self.copies_output = False
-        # Makes the tapped output require a gradient where nothing below the layer does.
-        self.anchor = torch.zeros((), requires_grad=True, device=device)
+        self.part = 0
 
-    def add(self, grad_TO: torch.Tensor, z_TO: torch.Tensor) -> None:
-        for grad, z in zip(grad_TO.split(_CHUNK_TOKENS), z_TO.split(_CHUNK_TOKENS), strict=True):
-            self.total += (grad.float() * z.float()).sum(dim=0)
-        self.reached += 1
+    def begin(self, part: int) -> None:
+        """A batch of the given part begins."""
+        self.part = part
+        self._before = self.totals[part].clone()
 
+    def start_over(self) -> None:
+        """Forget what the batch has added; from now on outputs are copied."""
+        self.totals[self.part] = self._before
+        self.overwritten.fill_(False)
+        self.copies_output = True
 
-class _Tap(torch.autograd.Function):
-    """Identity on a layer's output whose backward feeds an `_OutputProduct`."""
-
-    @staticmethod
-    def forward(ctx, z, anchor, product: _OutputProduct):
-        # "Modified in place" makes z itself the output: no copy, and no view that later in-place
-        # operations would be refused on.
-        ctx.mark_dirty(z)
+    def kept(self, x, z):
         # z.data has a version counter of its own: models that add to the output in place (Falcon)
         # are noticed by the rows below instead of stopping the backward.
-        kept = z.clone() if product.copies_output else z.data
-        ctx.save_for_backward(kept, _some_rows(z).clone())
-        ctx.product = product
-        return z
+        return (z.clone() if self.copies_output else z.data), _some_rows(z).clone()
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        z, rows = ctx.saved_tensors
-        ctx.product.overwritten |= ((_some_rows(z) != rows) & ~rows.isnan()).any()
-        ctx.product.add(grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1]))
-        return grad, None, None
+    def receive(self, grad, kept) -> None:
+        z, rows = kept
+        self.overwritten |= ((_some_rows(z) != rows) & ~rows.isnan()).any()
+        self.add(grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1]))
+        self.reached += 1
+
+    def add(self, grad_TO: torch.Tensor, z_TO: torch.Tensor) -> None:
+        raise NotImplementedError
 
 
 def _some_rows(z: torch.Tensor) -> torch.Tensor:
@@ -129,36 +118,22 @@ def _some_rows(z: torch.Tensor) -> torch.Tensor:
     return torch.cat([z_TO[:: max(1, len(z_TO) // 8)], z_TO[-1:]])
 
 
-@contextmanager
-def _tapped(base: nn.Module, product: _OutputProduct):
-    """While inside, every forward of `base` with gradients enabled feeds `product`.
+class GroupTaylor(OutputProductMetric):
+    """Magnitude of the loss's first-order change when a whole neuron is removed."""
 
-    The module's forward is replaced rather than hooked: the output before the bias exists only
-    inside it, and sharding engines hold the weight whole only there.
-    """
-    had_own = "forward" in base.__dict__
-    original = base.forward
+    def _new_product(self, layer):
+        return _SumOverTokens(layer, (self.parts, layer.out_features))
 
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        if not torch.is_grad_enabled():  # a reference model's forward must not count
-            return original(x)
-        if base.bias is None:
-            return _Tap.apply(original(x), product.anchor, product)
-        # A forward that others have put there (accelerate's device placement) must be called.
-        z = original(x) - base.bias if had_own else _linear_without_bias(base, x)
-        z = _Tap.apply(z, product.anchor, product)
-        return z + base.bias.to(z.dtype)
-
-    base.forward = forward
-    try:
-        yield
-    finally:
-        if had_own:
-            base.forward = original
-        else:
-            del base.forward
+    def _scores(self, parts):
+        count = self._batches_in(parts)
+        totals = {n: p.totals[list(parts)].sum(dim=0) for n, p in self._products.items()}
+        return {
+            name: total.abs().cpu().double() / count
+            for name, total in mean_over_processes(totals).items()
+        }
 
 
-def _linear_without_bias(base: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    return nn.functional.linear(x, weight)
+class _SumOverTokens(OutputProduct):
+    def add(self, grad_TO, z_TO) -> None:
+        for grad, z in zip(grad_TO.split(CHUNK_TOKENS), z_TO.split(CHUNK_TOKENS), strict=True):
+            self.totals[self.part] += (grad.float() * z.float()).sum(dim=0)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-
 from .base import ImportanceMetric
-
-# Rows that are converted to fp32 at a time: bounds the extra memory for any layer size.
-_CHUNK_ROWS = 1024
+from .elementwise import sum_over_inputs
 
 
 class Magnitude(ImportanceMetric):
@@ -16,15 +12,8 @@ class Magnitude(ImportanceMetric):
     needs_data = False
     p = 2
 
-    @torch.no_grad()
-    def scores(self) -> dict[str, torch.Tensor]:
-        return {name: self._layer_scores(layer) for name, layer in self.layers.items()}
+    def _scores(self, parts):
+        def terms(name, weight, block):
+            yield weight.abs().pow(self.p)
 
-    def _layer_scores(self, layer) -> torch.Tensor:
-        neurons = torch.arange(layer.out_features)
-        return torch.cat(
-            [
-                layer.rows(chunk).float().abs().pow(self.p).sum(dim=1).cpu().double()
-                for chunk in neurons.split(_CHUNK_ROWS)
-            ]
-        )
+        return {name: sums[0] for name, sums in sum_over_inputs(self.layers, terms).items()}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 
 from .base import ImportanceMetric
+from .noise import generator_for
 
 
 class RandomControl(ImportanceMetric):
@@ -14,10 +13,9 @@ class RandomControl(ImportanceMetric):
 
     needs_data = False
 
-    def scores(self) -> dict[str, torch.Tensor]:
+    def _scores(self, parts):
         return {name: self._layer_scores(name, layer) for name, layer in self.layers.items()}
 
     def _layer_scores(self, name: str, layer) -> torch.Tensor:
-        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        generator = generator_for(self.config.seed, name)
         return torch.rand(layer.out_features, dtype=torch.float64, generator=generator)

@@ -7,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..distributed import ShardLayout, read_neurons, write_neurons
 from ..errors import SpftError
 from .functional import add_selected_outputs
 
@@ -160,21 +161,19 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             # kept by themselves: the adapter may have been deleted since
             self._write_rows(*self._rows_before_merge.pop(self.merged_adapters.pop()))
 
-    def rows(self, index: torch.Tensor) -> torch.Tensor:
-        """The base weight of the neurons `index`, (len(index), d_in), in the base dtype."""
-        weight = self.get_base_layer().weight.detach()
-        if self.is_conv1d:
-            return weight.index_select(1, index.to(weight.device)).t()
-        return weight.index_select(0, index.to(weight.device))
+    def shard_layout(self) -> ShardLayout:
+        """Which elements of the base weight each process holds."""
+        return ShardLayout.of(self.get_base_layer().weight, self.is_conv1d)
 
-    @torch.no_grad()
+    def rows(self, index: torch.Tensor) -> torch.Tensor:
+        """The base weight of the neurons `index`, (len(index), d_in), in the base dtype.
+
+        Under an engine that shards the weight, all processes must ask for the same.
+        """
+        return read_neurons(self.get_base_layer().weight, self.shard_layout(), index)
+
     def _write_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
-        weight = self.get_base_layer().weight
-        index, rows = index.to(weight.device), rows.to(weight)
-        if self.is_conv1d:
-            weight.index_copy_(1, index, rows.t())
-        else:
-            weight.index_copy_(0, index, rows)
+        write_neurons(self.get_base_layer().weight, self.shard_layout(), index, rows)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True

@@ -1,0 +1,30 @@
+"""Runs of the calibration on plain batches, and comparison of its scores with an oracle's."""
+
+from __future__ import annotations
+
+from trainer_ext import measure_importance
+
+
+def runs(model, batches):
+    """One callable a batch, as the calibration takes them."""
+    for inputs in batches:
+
+        def run_batch(backward, inputs=inputs):
+            loss = model(**inputs).loss
+            if backward:
+                loss.backward()
+            return loss.detach()
+
+        yield run_batch
+
+
+def measured(model, batches):
+    return measure_importance(model, runs(model, batches)).scores
+
+
+def assert_close_to_oracle(scores, expected, tolerance=1e-5):
+    """Error at most `tolerance` of the layer's largest score; the head is no target."""
+    assert set(scores) == set(expected) - {"lm_head"}
+    for name, layer_scores in scores.items():
+        error = (layer_scores - expected[name]).abs().max()
+        assert error <= tolerance * expected[name].max(), name

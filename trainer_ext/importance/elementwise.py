@@ -1,0 +1,49 @@
+"""Sums over the inputs of each neuron of something that depends on single weights.
+
+Every process computes what its own range of each weight contributes (`ShardLayout`), and one
+reduction adds the results up: no weight is ever gathered, and all processes get the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+from ..distributed import Block, local_shard, process_rank, sum_over_processes
+from ..tuner.layer import SpftLinear
+
+Terms = Callable[[str, torch.Tensor, Block], Iterable[torch.Tensor]]
+
+
+def sum_over_inputs(layers: dict[str, SpftLinear], terms: Terms, kinds: int = 1):
+    """For each neuron the sums over its inputs of one or several kinds of terms.
+
+    Args:
+        terms: from layer name, a rectangle of its stored weight in fp32 (fp64 stays) and that
+            rectangle's place, to tensors of the rectangle's shape, one a kind. They are consumed
+            one by one, so a generator keeps no more than one of them alive.
+        kinds: how many.
+
+    Returns:
+        Layer name -> float64 (kinds, d_out) on the CPU.
+    """
+    sums = {name: _layer_sums(name, layer, terms, kinds) for name, layer in layers.items()}
+    return {name: total.cpu() for name, total in sum_over_processes(sums).items()}
+
+
+@torch.no_grad()
+def _layer_sums(name: str, layer: SpftLinear, terms: Terms, kinds: int) -> torch.Tensor:
+    layout = layer.shard_layout()
+    weight = layer.get_base_layer().weight
+    local = local_shard(weight, layout)
+    sums = torch.zeros(kinds, layer.out_features, dtype=torch.float64)
+    for block in layout.blocks(process_rank()):
+        piece = block.of(local).to(weight.device)
+        piece = piece if piece.dtype == torch.float64 else piece.float()
+        for kind, values in enumerate(terms(name, piece, block)):
+            if layout.neurons_are_columns:
+                sums[kind, block.column : block.column_stop] += values.sum(dim=0).double().cpu()
+            else:
+                sums[kind, block.row : block.row_stop] += values.sum(dim=1).double().cpu()
+    return sums.to(weight.device)

@@ -1,0 +1,170 @@
+"""Quantile-mean Taylor: group Taylor of each class, averaged over quantiles of the classes.
+
+QMTaylor of arXiv 2502.11439: with s_ci = |sum_j w_ij gbar^c_ij| and gbar^c the gradient of the
+mean loss of class c, the score of neuron i is the mean over the quantiles 0, 0.1, ..., 1 of its
+s_ci, c over the classes.
+A neuron that matters to some class is not outvoted by the classes that have more data.
+
+Shapes: B rows of a batch, S positions, O = d_out, C classes.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import torch
+
+from ..distributed import sum_over_processes, world_size
+from ..errors import SpftError
+from .group_taylor import CHUNK_TOKENS, OutputProduct, OutputProductMetric
+
+# Key of a batch's int64 (B,) tensor of class numbers, from 0. The model never sees it.
+CLASS_KEY = "spft_class"
+_QUANTILES = torch.linspace(0, 1, 11, dtype=torch.float64)
+
+
+class QuantileMean(OutputProductMetric):
+    """Mean over quantiles of the classes' group Taylor scores.
+
+    A class's products are summed over all positions of its rows and divided by the class's share of
+    the target tokens (of the rows, where labels are one a row), which makes them those of the mean
+    loss of that class.
+    """
+
+    def __init__(self, layers, config, model=None) -> None:
+        self._rows = _Rows()
+        super().__init__(layers, config, model)
+        self._targets: list[tuple[int, torch.Tensor]] = []  # part, (C,) targets of each class
+
+    def _new_product(self, layer):
+        return _SumOverTokensOfClasses(layer, self._rows, self.parts)
+
+    @contextmanager
+    def attached(self, names):
+        with super().attached(names):
+            hook = self.model.register_forward_pre_hook(
+                self._rows.take_from_inputs, with_kwargs=True, prepend=True
+            )
+            try:
+                yield
+            finally:
+                hook.remove()
+
+    def _observe(self, run_batch, part):
+        def counting_anew(backward: bool) -> torch.Tensor:
+            self._rows.targets = torch.zeros(0, dtype=torch.float64)
+            return run_batch(backward)
+
+        super()._observe(counting_anew, part)
+        self._targets.append((part, self._rows.targets))
+
+    def _scores(self, parts):
+        classes = self._number_of_classes()
+        targets = {str(i): _padded(counts, classes) for i, (_, counts) in enumerate(self._targets)}
+        targets = sum_over_processes(targets)
+        shares = sum(
+            targets[str(i)] / targets[str(i)].sum().clamp_min(1)
+            for i, (part, _) in enumerate(self._targets)
+            if part in parts
+        )
+        seen = (shares > 0).nonzero()[:, 0]
+        if len(seen) < 2 and len(parts) == self.parts:
+            raise SpftError(
+                f"`importance` quantile_mean: the calibration data holds {len(seen)} class; "
+                "it compares classes, so use more `calibration_batches` or shuffled data"
+            )
+        totals = sum_over_processes(
+            {
+                name: _padded(product.totals[list(parts)].sum(dim=0).cpu(), classes)
+                for name, product in self._products.items()
+            }
+        )
+        return {name: self._layer_scores(total, shares, seen) for name, total in totals.items()}
+
+    def _layer_scores(self, total_CO, shares_C, seen) -> torch.Tensor:
+        if not len(seen):
+            return torch.zeros(total_CO.shape[1], dtype=torch.float64)
+        scores_CO = total_CO[seen].double().abs() / (shares_C[seen, None] * world_size())
+        return torch.quantile(scores_CO, _QUANTILES, dim=0).mean(dim=0)
+
+    def _number_of_classes(self) -> int:
+        here = max((len(counts) for _, counts in self._targets), default=0)
+        flags = torch.zeros(_MOST_CLASSES + 1)
+        flags[here] = 1
+        return int(sum_over_processes({"most": flags})["most"].nonzero().max())
+
+
+# Scores of every class are kept: (classes, d_out) for each layer.
+_MOST_CLASSES = 10_000
+
+
+class _Rows:
+    """Classes of the rows that are running through the model, and how many targets they have.
+
+    Attributes:
+        classes: int64 (B,) of the last forward with gradients.
+        targets: float64 (C,), targets of each class in the current batch so far.
+    """
+
+    def __init__(self) -> None:
+        self.classes: torch.Tensor | None = None
+        self.targets = torch.zeros(0, dtype=torch.float64)
+
+    def take_from_inputs(self, module, args, kwargs):
+        classes = kwargs.pop(CLASS_KEY, None)
+        if not torch.is_grad_enabled():
+            return args, kwargs
+        if classes is None:
+            raise SpftError(
+                f"`importance` quantile_mean needs the class of every row: a calibration batch has "
+                f"no {CLASS_KEY!r}; name a dataset column in `class_field`, or put int64 class "
+                f"numbers under {CLASS_KEY!r} into each batch"
+            )
+        self.classes = classes.cpu()
+        if int(self.classes.min()) < 0 or int(self.classes.max()) >= _MOST_CLASSES:
+            raise SpftError(
+                f"`class_field`: class numbers must lie in 0 to {_MOST_CLASSES - 1}, but there is "
+                f"{int(self.classes.max())}; group the classes into fewer"
+            )
+        labels = kwargs.get("labels")
+        counts = torch.ones(len(self.classes), dtype=torch.float64)
+        if isinstance(labels, torch.Tensor) and labels.dim() == 2:
+            counts = (labels[:, 1:] != -100).sum(dim=1).double().cpu()
+        self.targets = _padded(self.targets, int(self.classes.max()) + 1)
+        self.targets.index_add_(0, self.classes, counts)
+        return args, kwargs
+
+
+class _SumOverTokensOfClasses(OutputProduct):
+    """Running sums (parts, C, O); C grows with the classes that come."""
+
+    def __init__(self, layer, rows: _Rows, parts: int) -> None:
+        super().__init__(layer, (parts, 1, layer.out_features))
+        self._rows = rows
+
+    def add(self, grad_TO, z_TO) -> None:
+        classes = self._rows.classes
+        if len(grad_TO) % len(classes):
+            raise SpftError(
+                f"`importance` quantile_mean: a layer sees {len(grad_TO)} tokens of "
+                f"{len(classes)} rows; packed or padding-free rows cannot be told apart, so switch "
+                "packing off"
+            )
+        most = int(classes.max()) + 1
+        if most > self.totals.shape[1]:
+            grown = self.totals.new_zeros(self.totals.shape[0], most, self.totals.shape[2])
+            grown[:, : self.totals.shape[1]] = self.totals
+            self.totals = grown
+        shape = (len(classes), -1, grad_TO.shape[-1])
+        for row, (grad_SO, z_SO) in enumerate(
+            zip(grad_TO.view(shape), z_TO.view(shape), strict=True)
+        ):
+            into = self.totals[self.part, classes[row]]
+            for grad, z in zip(grad_SO.split(CHUNK_TOKENS), z_SO.split(CHUNK_TOKENS), strict=True):
+                into += (grad.float() * z.float()).sum(dim=0)
+
+
+def _padded(values: torch.Tensor, length: int) -> torch.Tensor:
+    """The values with zeros appended along the first dimension up to `length`."""
+    missing = max(0, length - len(values))
+    return torch.cat([values, values.new_zeros(missing, *values.shape[1:])])

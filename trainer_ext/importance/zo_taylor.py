@@ -1,0 +1,168 @@
+"""Zeroth-order Taylor: `taylor` with a gradient from forward passes alone (arXiv 2502.11439).
+
+The gradient of the mean loss is estimated by two-sided random perturbations (SPSA, Spall 1992; as
+in MeZO, Malladi et al. 2023): for direction z, c = (L(W + eps z) - L(W - eps z)) / (2 eps), and
+gbar is the mean of c z over all directions of all batches. The noise is a function of seed, batch,
+direction and layer: it is made anew for each use and never stored. Weights are perturbed inside the
+layer's forward, on a copy that lives for that forward alone, so nothing drifts and a sharded weight
+is perturbed where its engine has gathered it.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from ..distributed import BLOCK_ROWS, mean_over_processes
+from .base import ImportanceMetric
+from .elementwise import sum_over_inputs
+from .noise import weight_noise
+from .stability import rank_correlation
+from .taps import as_linear_weight, replaced_forward
+
+# Below this rank correlation between two halves of the directions the ranking is mostly noise.
+NOISY_RANKING = 0.3
+
+
+class ZoTaylor(ImportanceMetric):
+    """Sum over a neuron's weights of |w_ij gbar_ij| with a zeroth-order estimate of gbar."""
+
+    def __init__(self, layers, config, model=None) -> None:
+        super().__init__(layers, config, model)
+        self.eps = config.zo_eps
+        self._derivatives: list[tuple[int, int, float, int]] = []  # batch, direction, c, part
+        self._perturbation: tuple[int, int, float] | None = None  # batch, direction, signed eps
+        self._found: dict[str, torch.Tensor] = {}  # layer name -> (kinds, d_out)
+
+    @contextmanager
+    def attached(self, names):
+        with ExitStack() as stack:
+            for name in names:
+                base = self.layers[name].get_base_layer()
+                stack.enter_context(replaced_forward(base, self._perturbed(name, base)))
+            yield
+
+    def noise(self, batch: int, direction: int, name: str, chunk: int) -> torch.Tensor:
+        """Noise of a chunk of BLOCK_ROWS rows of a layer's stored weight, fp32."""
+        weight = self.layers[name].get_base_layer().weight
+        rows, columns = getattr(weight, "ds_shape", weight.shape)
+        key = (self.config.seed, batch, direction, name)
+        return weight_noise(key, chunk, rows, columns, weight.device)
+
+    def _observe(self, run_batch, part):
+        batch = sum(self.batches)
+        losses = {}
+        for direction in range(self.config.zo_directions):
+            for sign in (1.0, -1.0):
+                self._perturbation = (batch, direction, sign * self.eps)
+                try:
+                    losses[f"{direction}{sign}"] = run_batch(False).detach().double().reshape(1)
+                finally:
+                    self._perturbation = None
+        losses = mean_over_processes(losses)
+        for direction in range(self.config.zo_directions):
+            change = losses[f"{direction}{1.0}"] - losses[f"{direction}{-1.0}"]
+            derivative = change.item() / (2 * self.eps)
+            self._derivatives.append((batch, direction, derivative, part))
+
+    def _perturbed(self, name: str, base: nn.Module):
+        def make(original, had_own):
+            def forward(x: torch.Tensor) -> torch.Tensor:
+                # a reference model's forward (no gradients) is left alone
+                if self._perturbation is None or not torch.is_grad_enabled():
+                    return original(x)
+                batch, direction, eps = self._perturbation
+                weight = base.weight
+                # A forward that others have put there (accelerate's device placement) must be
+                # called, so there the perturbation's own output is added.
+                moved = torch.zeros_like(weight) if had_own else torch.empty_like(weight)
+                for chunk in range(math.ceil(weight.shape[0] / BLOCK_ROWS)):
+                    rows = slice(chunk * BLOCK_ROWS, (chunk + 1) * BLOCK_ROWS)
+                    noise = self.noise(batch, direction, name, chunk).to(weight.device)
+                    wide = torch.promote_types(weight.dtype, noise.dtype)
+                    start = moved[rows] if had_own else weight[rows]
+                    moved[rows] = (start.to(wide) + eps * noise.to(wide)).to(weight.dtype)
+                linear_weight = as_linear_weight(base, moved)
+                if had_own:
+                    return original(x) + nn.functional.linear(x, linear_weight)
+                return nn.functional.linear(x, linear_weight, base.bias)
+
+            return forward
+
+        return make
+
+    def end_pass(self):
+        kinds = self._kinds()
+        counts = [
+            max(1, sum(self._atom(n) in atoms for n in range(self._count))) for atoms in kinds
+        ]
+
+        def terms(name, weight, block):
+            # one sum for each atom; a kind of score is made of several
+            sums = {atom: torch.zeros_like(weight) for atom in kinds[0]}
+            for chunk in range(block.row // BLOCK_ROWS, math.ceil(block.row_stop / BLOCK_ROWS)):
+                first = max(block.row, chunk * BLOCK_ROWS)
+                last = min(block.row_stop, (chunk + 1) * BLOCK_ROWS)
+                in_chunk = slice(first - chunk * BLOCK_ROWS, last - chunk * BLOCK_ROWS)
+                in_block = slice(first - block.row, last - block.row)
+                for number, (batch, direction, derivative, _) in enumerate(self._derivatives):
+                    noise = self.noise(batch, direction, name, chunk)
+                    noise = noise[in_chunk, block.column : block.column_stop].to(weight)
+                    sums[self._atom(number)][in_block].add_(noise, alpha=derivative)
+            for atoms, count in zip(kinds, counts, strict=True):
+                yield (weight * sum(sums[atom] for atom in atoms) / count).abs()
+
+        self._found = sum_over_inputs(self.layers, terms, len(kinds))
+
+    @property
+    def _count(self) -> int:
+        return len(self._derivatives)
+
+    def _atom(self, number: int) -> tuple[int, int]:
+        """What of the scores' kinds a direction belongs to: its batch's part, even or odd."""
+        return self._derivatives[number][3], number % 2
+
+    def _kinds(self) -> list[list[tuple[int, int]]]:
+        """Sets of atoms whose scores are wanted: all, each part, even and odd directions."""
+        every = [(part, parity) for part in range(self.parts) for parity in (0, 1)]
+        parts = [[atom for atom in every if atom[0] == part] for part in range(self.parts)]
+        return [every, *parts, every[0::2], every[1::2]]
+
+    def _scores(self, parts):
+        kind = 0 if len(parts) == self.parts else 1 + parts[0]
+        return {name: self._found[name][kind] for name in self.layers}
+
+    def diagnostics(self):
+        """How good the estimate is.
+
+        `gradient_variance` is the variance of each weight's estimated gradient, mean(c^2) / n over
+        n directions (its noise has unit variance and is independent of c to first order).
+        `rank_correlation` is Spearman's between the scores of two halves of the directions.
+        """
+        squares = [derivative**2 for _, _, derivative, _ in self._derivatives]
+        found: dict[str, object] = {
+            "directions": self._count,
+            "gradient_variance": sum(squares) / self._count**2,
+        }
+        if self._count > 1:
+            found["rank_correlation"] = {
+                name: rank_correlation(scores[-2], scores[-1])
+                for name, scores in self._found.items()
+            }
+        return found
+
+    def warnings(self):
+        correlations = self.diagnostics().get("rank_correlation")
+        if not correlations:
+            return []
+        middle = torch.tensor(list(correlations.values())).median().item()
+        if middle >= NOISY_RANKING:
+            return []
+        return [
+            f"zo_taylor's ranking is mostly noise: two halves of its {self._count} directions "
+            f"correlate by {middle:.2f} (median of the layers, at least {NOISY_RANKING} wanted); "
+            "use more `zo_directions` or `calibration_batches`, or `importance`: group_taylor"
+        ]
