@@ -198,6 +198,22 @@ def local_shard(weight: torch.Tensor, layout: ShardLayout) -> torch.Tensor:
     return weight.detach().reshape(-1)[start:stop]
 
 
+def whole_numel(parameter: torch.Tensor) -> int:
+    """Number of elements of a parameter over all processes, sharded or not."""
+    return getattr(parameter, "ds_numel", None) or parameter.numel()
+
+
+def any_nonzero(weight: torch.Tensor) -> bool:
+    """Whether a (rows, columns) weight has an element that is not zero, on whichever process.
+
+    Under an engine that shards the weight, all processes must ask.
+    """
+    layout = ShardLayout.of(weight)
+    if layout.kind == "replicated":
+        return bool(torch.count_nonzero(weight.detach()))
+    return any_process(bool(torch.count_nonzero(local_shard(weight, layout))))
+
+
 def read_neurons(weight: torch.Tensor, layout: ShardLayout, index: torch.Tensor) -> torch.Tensor:
     """The weights of some neurons, (r, d_in) in the weight's dtype; all processes must ask.
 

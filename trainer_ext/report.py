@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .distributed import world_size
+from .distributed import whole_numel, world_size
 from .files import write_bytes
 from .importance.scores import ImportanceScores
 from .report_page import render_page
@@ -62,9 +62,9 @@ def build_report(
     """Collect all figures of a run. Bytes and seconds are plain numbers."""
     config = model.peft_config[adapter_name]
     selection = current_selection(model, adapter_name)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trainable = sum(whole_numel(p) for p in model.parameters() if p.requires_grad)
     total = sum(
-        p.numel()
+        whole_numel(p)
         for name, p in model.named_parameters()
         if ".spft_delta." not in name and ".modules_to_save." not in name
     )

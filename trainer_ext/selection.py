@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from .distributed import any_nonzero
 from .errors import SpftError
 from .files import read_tensors, write_tensors
 from .tuner.model import is_selected, spft_layers
@@ -152,7 +153,7 @@ def apply_selection(
     selection.check_fits({name: layer.out_features for name, layer in layers.items()})
     for name, layer in layers.items():
         delta = layer.spft_delta[adapter_name]
-        if delta.is_selected and bool(torch.count_nonzero(delta.weight)):
+        if delta.is_selected and any_nonzero(delta.weight):
             raise SpftError(
                 f"adapter {adapter_name!r} is already trained (layer {name} has a non-zero delta); "
                 "select neurons in a fresh adapter"

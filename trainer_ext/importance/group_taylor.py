@@ -19,7 +19,7 @@ from .base import ImportanceMetric
 from .taps import Tap, tapped
 
 # Tokens whose products are upcast to fp32 at a time: bounds the extra memory.
-CHUNK_TOKENS = 1024
+_CHUNK_TOKENS = 1024
 
 
 class OutputProductMetric(ImportanceMetric):
@@ -102,10 +102,11 @@ class OutputProduct(Tap):
     def receive(self, grad, kept) -> None:
         z, rows = kept
         self.overwritten |= ((_some_rows(z) != rows) & ~rows.isnan()).any()
-        self.add(grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1]))
+        self.add(grad, z)
         self.reached += 1
 
-    def add(self, grad_TO: torch.Tensor, z_TO: torch.Tensor) -> None:
+    def add(self, grad: torch.Tensor, z: torch.Tensor) -> None:
+        """Add the products of (..., O) gradients and outputs to the totals of the current part."""
         raise NotImplementedError
 
 
@@ -134,6 +135,14 @@ class GroupTaylor(OutputProductMetric):
 
 
 class _SumOverTokens(OutputProduct):
-    def add(self, grad_TO, z_TO) -> None:
-        for grad, z in zip(grad_TO.split(CHUNK_TOKENS), z_TO.split(CHUNK_TOKENS), strict=True):
-            self.totals[self.part] += (grad.float() * z.float()).sum(dim=0)
+    def add(self, grad, z) -> None:
+        add_products(self.totals[self.part], grad, z)
+
+
+def add_products(total_O: torch.Tensor, grad: torch.Tensor, z: torch.Tensor) -> None:
+    """Add the sum over tokens of grad * z, both (..., O), to a total; in fp32 within a chunk."""
+    grad_TO, z_TO = grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1])
+    for grad_chunk, z_chunk in zip(
+        grad_TO.split(_CHUNK_TOKENS), z_TO.split(_CHUNK_TOKENS), strict=True
+    ):
+        total_O += (grad_chunk.float() * z_chunk.float()).sum(dim=0)

@@ -16,7 +16,7 @@ import torch
 
 from ..distributed import sum_over_processes, world_size
 from ..errors import SpftError
-from .group_taylor import CHUNK_TOKENS, OutputProduct, OutputProductMetric
+from .group_taylor import OutputProduct, OutputProductMetric, add_products
 
 # Key of a batch's int64 (B,) tensor of class numbers, from 0. The model never sees it.
 CLASS_KEY = "spft_class"
@@ -128,6 +128,12 @@ class _Rows:
             )
         labels = kwargs.get("labels")
         counts = torch.ones(len(self.classes), dtype=torch.float64)
+        if isinstance(labels, torch.Tensor) and len(labels) != len(self.classes):
+            raise SpftError(
+                f"`importance` quantile_mean: a batch has {len(labels)} rows but "
+                f"{len(self.classes)} classes; a packed row holds several sequences, so switch "
+                "packing off"
+            )
         if isinstance(labels, torch.Tensor) and labels.dim() == 2:
             counts = (labels[:, 1:] != -100).sum(dim=1).double().cpu()
         self.targets = _padded(self.targets, int(self.classes.max()) + 1)
@@ -142,26 +148,21 @@ class _SumOverTokensOfClasses(OutputProduct):
         super().__init__(layer, (parts, 1, layer.out_features))
         self._rows = rows
 
-    def add(self, grad_TO, z_TO) -> None:
+    def add(self, grad, z) -> None:
         classes = self._rows.classes
-        if len(grad_TO) % len(classes):
+        if len(grad) != len(classes):
             raise SpftError(
-                f"`importance` quantile_mean: a layer sees {len(grad_TO)} tokens of "
-                f"{len(classes)} rows; packed or padding-free rows cannot be told apart, so switch "
-                "packing off"
+                f"`importance` quantile_mean: a layer's output of shape {tuple(grad.shape)} does "
+                f"not hold the {len(classes)} rows of its batch one by one (experts get single "
+                "tokens); list such layers in `exclude_modules`, or use group_taylor"
             )
         most = int(classes.max()) + 1
         if most > self.totals.shape[1]:
             grown = self.totals.new_zeros(self.totals.shape[0], most, self.totals.shape[2])
             grown[:, : self.totals.shape[1]] = self.totals
             self.totals = grown
-        shape = (len(classes), -1, grad_TO.shape[-1])
-        for row, (grad_SO, z_SO) in enumerate(
-            zip(grad_TO.view(shape), z_TO.view(shape), strict=True)
-        ):
-            into = self.totals[self.part, classes[row]]
-            for grad, z in zip(grad_SO.split(CHUNK_TOKENS), z_SO.split(CHUNK_TOKENS), strict=True):
-                into += (grad.float() * z.float()).sum(dim=0)
+        for row, number in enumerate(classes.tolist()):
+            add_products(self.totals[self.part, number], grad[row], z[row])
 
 
 def _padded(values: torch.Tensor, length: int) -> torch.Tensor:

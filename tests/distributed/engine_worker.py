@@ -1,0 +1,157 @@
+"""One process of a run under an engine: for every metric, calibrates a tiny model through the live
+engine, trains a few steps, and saves scores, neurons and losses.
+
+    engine_worker.py FOLDER none|ddp|zero1|zero2|zero3|zero3_default
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from tiny_models import batch, tiny_model
+from transformers import TrainingArguments
+
+from trainer_ext import ImportanceScores, SpftConfig, SpftTrainer
+from trainer_ext.importance.quantile_mean import CLASS_KEY
+from trainer_ext.trainer import IMPORTANCE_FILE
+from trainer_ext.tuner.model import deltas, spft_layers
+
+GLOBAL_BATCH = 12
+ACCUMULATION = 2
+STEPS = 3
+METRICS = ("magnitude", "random", "wanda", "group_taylor", "taylor", "zo_taylor")
+CHECKPOINTED = ("taylor", "group_taylor")
+
+
+def ragged_rows(count: int = 48) -> list[dict]:
+    """Rows of very different numbers of target tokens, so that the processes' shares differ."""
+    data = batch(5, rows=count, length=24)
+    rows = []
+    for i in range(count):
+        row = {name: tensor[i].clone() for name, tensor in data.items()}
+        length = 4 + (i * 7) % 20
+        row["attention_mask"][length:] = 0
+        row["labels"][length:] = -100
+        row[CLASS_KEY] = torch.tensor(i % 3)
+        rows.append(row)
+    return rows
+
+
+def config_for(metric: str) -> SpftConfig:
+    more = {"class_field": CLASS_KEY} if metric == "quantile_mean" else {}
+    if metric == "taylor":
+        more["accumulator_offload"] = True
+    return SpftConfig(r=4, importance=metric, calibration_batches=2, zo_directions=2, **more)
+
+
+def train(folder: Path, engine: str, metric: str, world: int) -> dict:
+    model = tiny_model()  # before the arguments, which would switch zero.Init on
+    arguments = TrainingArguments(
+        str(folder / metric),
+        max_steps=STEPS if metric in CHECKPOINTED else 1,
+        per_device_train_batch_size=GLOBAL_BATCH // ACCUMULATION // world,
+        gradient_accumulation_steps=ACCUMULATION,
+        gradient_checkpointing=metric in CHECKPOINTED,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+        learning_rate=1e-2,
+        adam_epsilon=1e-3,  # well above gradient noise: a rounding error must not become a step
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=3,
+        max_grad_norm=0.0,
+        ddp_find_unused_parameters=False,  # DDP's search does not go with reentrant checkpointing
+        deepspeed=deepspeed_config(engine),
+    )
+    rows = ragged_rows()
+    if metric != "quantile_mean":
+        rows = [{k: v for k, v in row.items() if k != CLASS_KEY} for row in rows]
+    trainer = SpftTrainer(model, arguments, train_dataset=rows, spft_config=config_for(metric))
+    trainer.train()
+    check_engine(trainer, engine, world)
+    layers = spft_layers(trainer.model)
+    result = {
+        "index": {name: delta.index for name, delta in deltas(trainer.model).items()},
+        "scores": ImportanceScores.load(folder / metric / IMPORTANCE_FILE).scores,
+        "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
+        "rows": {name: layer.rows(torch.tensor([0, 5])) for name, layer in layers.items()},
+    }
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    del trainer, model, layers
+    gc.collect()
+    return result
+
+
+def deepspeed_config(engine: str) -> dict | None:
+    if not engine.startswith("zero"):
+        return None
+    zero = {"stage": int(engine[4])}
+    if engine == "zero3":
+        zero["stage3_param_persistence_threshold"] = 0  # every parameter is really partitioned
+    return {
+        "zero_optimization": zero,
+        "train_batch_size": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+    }
+
+
+def check_engine(trainer, engine: str, world: int) -> None:
+    """Launch modes silently fall back to less than was asked for: prove that this one did not."""
+    accelerator = trainer.accelerator
+    assert accelerator.num_processes == world
+    if world > 1:
+        assert dist.get_world_size() == world
+    if engine.startswith("zero"):
+        assert accelerator.distributed_type == DistributedType.DEEPSPEED
+        assert trainer.deepspeed.zero_optimization_stage() == int(engine[4])
+        sharded = [hasattr(p, "ds_tensor") for p in trainer.model.parameters()]
+        assert all(sharded) if engine[4] == "3" else not any(sharded)
+    else:
+        expected = DistributedType.MULTI_CPU if world > 1 else DistributedType.NO
+        assert accelerator.distributed_type == expected
+
+
+def start(engine: str) -> None:
+    """What DeepSpeed needs on CPU: gloo chosen before accelerate looks, and one fix."""
+    if not engine.startswith("zero"):
+        return
+    os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate runs plain DDP instead
+    import deepspeed
+    from deepspeed.runtime.zero import stage_1_and_2
+
+    deepspeed.init_distributed(dist_backend="gloo")
+    gather = stage_1_and_2.all_gather_dp_groups
+
+    def without_grad(*args, **kwargs):  # torch 2.13: "Output 0 of Split is a view"
+        with torch.no_grad():
+            return gather(*args, **kwargs)
+
+    stage_1_and_2.all_gather_dp_groups = without_grad
+
+
+def main(folder: Path, engine: str) -> None:
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    start(engine)
+    results = {metric: train(folder, engine, metric, world) for metric in METRICS}
+    torch.save(results, folder / f"rank{rank}.pt")
+    if world > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])

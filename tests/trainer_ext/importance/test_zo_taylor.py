@@ -1,0 +1,195 @@
+"""zo_taylor equals taylor with gbar = mean of c z, c the two-sided difference of the loss along the
+explicit noise z, with every weight really moved: 1e-5 of the layer's largest score in fp64, and in
+fp32 what the rounding of the loss leaves. The weights are never touched, the noise depends on
+(batch, direction, layer) alone, and a ranking that is noise is called that."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from adapters import wrapped
+from calibrations import measured, runs
+from oracles import weights
+from tiny_models import CONFIGS, batch, tiny_model
+
+from trainer_ext import measure_importance
+from trainer_ext.calibration import calibration_mode
+from trainer_ext.distributed import BLOCK_ROWS
+from trainer_ext.importance.noise import weight_noise
+from trainer_ext.importance.zo_taylor import NOISY_RANKING, ZoTaylor
+from trainer_ext.tuner.model import spft_layers
+
+BATCHES = [batch(seed) for seed in range(3)]
+SEED, EPS, DIRECTIONS = 42, 1e-3, 3
+
+
+def explicit_noise(number: int, direction: int, name: str, stored: torch.Tensor) -> torch.Tensor:
+    rows, columns = stored.shape
+    chunks = range(-(-rows // BLOCK_ROWS))
+    key = (SEED, number, direction, name)
+    return torch.cat([weight_noise(key, chunk, rows, columns) for chunk in chunks]).to(stored)
+
+
+def oracle(architecture, names, batches, dtype):
+    """Scores by moving all weights along explicit noise; and the largest |c|."""
+    model = tiny_model(architecture, dtype=dtype).eval()  # eval: no dropout
+    stored = {name: model.get_submodule(name).weight for name in names}
+    original = {name: weight.detach().clone() for name, weight in stored.items()}
+    gradients = {name: torch.zeros_like(weight).double() for name, weight in stored.items()}
+    with torch.no_grad():
+        for number, inputs in enumerate(batches):
+            for direction in range(DIRECTIONS):
+                losses = []
+                for sign in (1, -1):
+                    for name, weight in stored.items():
+                        z = explicit_noise(number, direction, name, weight)
+                        weight.copy_(original[name] + sign * EPS * z)
+                    losses.append(model(**inputs).loss.double())
+                c = (losses[0] - losses[1]) / (2 * EPS)
+                for name, weight in stored.items():
+                    z = explicit_noise(number, direction, name, weight).double()
+                    gradients[name] += c * z / (len(batches) * DIRECTIONS)
+    return {
+        name: (weight.double() * gradients[name]).abs().sum(dim=0 if architecture == "gpt2" else 1)
+        for name, weight in original.items()
+    }
+
+
+def zo_model(architecture="llama", dtype=torch.float32, **fields):
+    fields = {"zo_directions": DIRECTIONS, "zo_eps": EPS, **fields}
+    return wrapped(architecture, dtype, importance="zo_taylor", **fields)
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_equals_the_formula_in_fp64(architecture):
+    scores = measured(zo_model(architecture, torch.float64), BATCHES)
+    expected = oracle(architecture, scores, BATCHES, torch.float64)
+    for name, layer_scores in scores.items():
+        error = (layer_scores - expected[name]).abs().max()
+        assert error <= 1e-5 * expected[name].max(), name
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "not"])
+def test_in_fp32_the_error_is_the_rounding_of_the_loss(checkpointing):
+    """A loss computed in fp32 is off by some units in its last place, u each. One direction's c is
+    then off by up to 2 k u / (2 eps), and a score by that times the mean of sum_j |w_ij z_ij|. Mean
+    over n independent directions: k = 32 units leaves room for the forward's own rounding."""
+    model = zo_model()
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    scores = measured(model, BATCHES)
+    expected = oracle("llama", scores, BATCHES, torch.float64)
+    unit = torch.finfo(torch.float32).eps * 8  # losses lie between 8 and 16
+    tolerance_of_c = 32 * unit / EPS
+    dense = weights(tiny_model())
+    for name, layer_scores in scores.items():
+        room = tolerance_of_c * dense[name].double().abs().sum(dim=1)
+        assert ((layer_scores - expected[name]).abs() <= room).all(), name
+
+
+def test_the_noise_is_a_function_of_batch_direction_and_layer_alone():
+    first = weight_noise((1, 2, 3, "layer"), 1, 200, 10)
+    torch.rand(7)  # the global generator plays no part
+    assert torch.equal(first, weight_noise((1, 2, 3, "layer"), 1, 200, 10))
+    assert first.shape == (BLOCK_ROWS, 10)
+    assert weight_noise((1, 2, 3, "layer"), 3, 200, 10).shape == (200 - 3 * BLOCK_ROWS, 10)
+    for other in [(0, 2, 3, "layer"), (1, 0, 3, "layer"), (1, 2, 0, "layer"), (1, 2, 3, "x")]:
+        assert not torch.equal(first, weight_noise(other, 1, 200, 10))
+    everything = torch.cat([weight_noise((1, 2, 3, "x"), i, 4096, 64) for i in range(64)])
+    assert everything.mean().abs() < 5 / everything.numel() ** 0.5
+    assert (everything.std() - 1).abs() < 5 / everything.numel() ** 0.5
+
+
+def test_weights_are_never_touched():
+    model = zo_model()
+    before = {n: (p, p._version, p.clone()) for n, p in model.named_parameters()}
+    measured(model, BATCHES)
+    for name, parameter in model.named_parameters():
+        same, version, values = before[name]
+        assert parameter is same
+        assert parameter._version == version
+        assert torch.equal(parameter, values)
+
+
+def test_reference_forwards_are_not_perturbed():
+    model = zo_model()
+    with torch.no_grad():
+        clean = model(**BATCHES[0]).logits
+    seen = []
+
+    def with_reference(backward):
+        with torch.no_grad(), model.disable_adapter():
+            seen.append(model(**BATCHES[0]).logits)
+        return model(**BATCHES[0]).loss
+
+    measure_importance(model, [with_reference])
+    assert len(seen) == 2 * DIRECTIONS
+    assert all(torch.equal(logits, clean) for logits in seen)
+
+
+def test_a_forward_that_others_have_replaced_is_still_called():
+    """accelerate places weights by replacing forwards; the perturbation's output is added there."""
+    plain = zo_model(dtype=torch.float64)
+    hooked = zo_model(dtype=torch.float64)
+    base = hooked.get_base_model().model.layers[0].mlp.up_proj.get_base_layer()
+    original, calls = base.forward, []
+    base.forward = lambda x: calls.append(1) or original(x)
+    expected, scores = measured(plain, BATCHES), measured(hooked, BATCHES)
+    assert len(calls) == 2 * DIRECTIONS * len(BATCHES)
+    for name in scores:
+        error = (scores[name] - expected[name]).abs().max()
+        assert error <= 1e-6 * expected[name].max()
+
+
+def cross_entropy(model, inputs):
+    """The loss in the logits' own dtype; transformers computes it in fp32."""
+    logits = model(input_ids=inputs["input_ids"]).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), inputs["labels"][:, 1:].flatten()
+    )
+
+
+def test_the_derivative_along_a_direction_is_the_gradients():
+    """c = <g, z> over all targeted weights, up to the third derivative times eps^2. GPT-2, whose
+    norms compute in fp64 if the model does."""
+    model = zo_model("gpt2", torch.float64, zo_eps=1e-5)
+    layers = spft_layers(model)
+    metric = ZoTaylor(layers, model.peft_config["default"], model)
+    with calibration_mode(model, layers, gradients=False), metric.attached(list(layers)):
+        for inputs in BATCHES:
+            metric.observe(lambda backward, inputs=inputs: cross_entropy(model, inputs))
+    plain = tiny_model("gpt2", dtype=torch.float64).eval()
+    for number, direction, derivative, _ in metric._derivatives:
+        plain.zero_grad()
+        cross_entropy(plain, BATCHES[number]).backward()
+        expected = 0.0
+        for name in layers:
+            weight = plain.get_submodule(name).weight
+            expected += (explicit_noise(number, direction, name, weight) * weight.grad).sum().item()
+        assert derivative == pytest.approx(expected, rel=1e-5)
+
+
+def test_variance_and_a_noisy_ranking_are_reported():
+    model = zo_model()
+    noisy = measure_importance(model, runs(model, BATCHES))
+    assert noisy.diagnostics["directions"] == 9
+    assert noisy.diagnostics["gradient_variance"] > 0
+    correlations = noisy.diagnostics["rank_correlation"]
+    assert set(correlations) == set(noisy.scores)
+    assert sorted(correlations.values())[7] < NOISY_RANKING
+    assert any("mostly noise: two halves of its 9 directions" in line for line in noisy.warnings)
+
+
+def test_a_clear_ranking_is_no_warning():
+    """One layer whose neurons' gradients differ by far, and many directions."""
+    name = "model.layers.1.self_attn.k_proj"
+    model = zo_model(target_modules=[name], zo_directions=600)
+    layers = spft_layers(model)
+    base = layers[name].get_base_layer()
+    x, scale = torch.ones(1, 32), torch.arange(16.0) ** 3
+    metric = ZoTaylor(layers, model.peft_config["default"], model)
+    with metric.attached([name]):
+        metric.observe(lambda backward: (base(x) * scale).sum())
+    metric.end_pass()
+    assert metric.diagnostics()["rank_correlation"][name] > NOISY_RANKING
+    assert metric.warnings() == []

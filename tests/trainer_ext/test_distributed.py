@@ -1,0 +1,101 @@
+"""ShardLayout: for any shape and world size the processes' ranges are disjoint and their union is
+the weight, blocks tile a range, and the masks of selected neurons agree with plain indexing. (Real
+engines: tests/distributed.)"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer_ext.distributed import (
+    BLOCK_ROWS,
+    ShardLayout,
+    local_shard,
+    mean_over_processes,
+    read_neurons,
+    sum_over_processes,
+    write_neurons,
+)
+
+
+@st.composite
+def layouts(draw):
+    rows, columns = draw(st.integers(1, 300)), draw(st.integers(1, 40))
+    world = draw(st.integers(1, 17))
+    by_rows = draw(st.booleans())  # FSDP2 cuts between rows, ZeRO-3 anywhere
+    block = -(-rows // world) * columns if by_rows else -(-rows * columns // world)
+    kind = "fsdp2" if by_rows else "zero3"
+    return ShardLayout(rows, columns, draw(st.booleans()), world, block, kind)
+
+
+@settings(deadline=None)
+@given(layouts())
+def test_ranges_are_disjoint_and_cover_the_weight(layout):
+    flat = [range(*layout.local_range(rank)) for rank in range(layout.world)]
+    assert [i for part in flat for i in part] == list(range(layout.numel))
+    assert all(len(part) <= layout.block for part in flat)
+    assert layout.block * layout.world >= layout.numel
+
+
+@settings(deadline=None)
+@given(layouts())
+def test_blocks_tile_each_range_in_order(layout):
+    weight = torch.arange(layout.numel).view(layout.rows, layout.columns)
+    for rank in range(layout.world):
+        start, stop = layout.local_range(rank)
+        local, seen = weight.flatten()[start:stop], []
+        for block in layout.blocks(rank):
+            piece = block.of(local)
+            place = weight[block.row : block.row_stop, block.column : block.column_stop]
+            assert torch.equal(piece, place)
+            seen += piece.flatten().tolist()
+        assert seen == list(range(start, stop))
+
+
+def test_blocks_are_small_and_begin_at_multiples():
+    layout = ShardLayout(1000, 5000, False, 1, 5_000_000, "replicated")
+    blocks = list(layout.blocks(0))
+    assert all(block.row % BLOCK_ROWS == 0 for block in blocks)
+    assert {block.row_stop - block.row for block in blocks[:-1]} == {BLOCK_ROWS}
+
+
+@settings(deadline=None)
+@given(layouts(), st.data())
+def test_masks_of_selected_neurons_are_plain_indexing(layout, data):
+    d_out = layout.columns if layout.neurons_are_columns else layout.rows
+    index = torch.tensor(
+        sorted(data.draw(st.sets(st.integers(0, d_out - 1), min_size=1, max_size=min(d_out, 8))))
+    )
+    weight = torch.arange(layout.numel).view(layout.rows, layout.columns)
+    compact = (weight.t() if layout.neurons_are_columns else weight)[index].flatten()
+    found = torch.full_like(compact, -1)
+    for rank in range(layout.world):
+        start, stop = layout.local_range(rank)
+        here, there = layout.selected_mask(index, rank)
+        assert bool((found[there] == -1).all())  # nobody else holds them
+        found[there] = weight.flatten()[start:stop][here]
+    assert torch.equal(found, compact)
+
+
+@pytest.mark.parametrize("neurons_are_columns", [False, True])
+def test_reading_and_writing_neurons_of_a_replicated_weight(neurons_are_columns):
+    weight = torch.rand(6, 8)
+    layout = ShardLayout.of(weight, neurons_are_columns)
+    index = torch.tensor([1, 4])
+    by_neuron = weight.t() if neurons_are_columns else weight
+    assert torch.equal(read_neurons(weight, layout, index), by_neuron[index])
+    rows = torch.rand(2, by_neuron.shape[1])
+    others = [i for i in range(len(by_neuron)) if i not in (1, 4)]
+    before = by_neuron[others].clone()
+    write_neurons(weight, layout, index, rows)
+    assert torch.equal(by_neuron[index], rows)
+    assert torch.equal(by_neuron[others], before)
+    assert local_shard(weight, layout).data_ptr() == weight.data_ptr()
+
+
+def test_one_process_sums_itself():
+    tensors = {"a": torch.rand(3)}
+    assert sum_over_processes(tensors) is tensors
+    assert mean_over_processes(tensors) is tensors
