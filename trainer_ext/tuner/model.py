@@ -120,6 +120,11 @@ def spft_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Sp
     return layers
 
 
+def layer_sizes(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
+    """Numbers of neurons of the adapter's layers, by the layers' names in the base model."""
+    return {name: layer.out_features for name, layer in spft_layers(model, adapter_name).items()}
+
+
 def adapter_config(model: nn.Module, adapter_name: str = "default"):
     """The SpftConfig of an adapter.
 
