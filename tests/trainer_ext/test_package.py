@@ -15,7 +15,8 @@ OPTIONAL = ("axolotl", "deepspeed", "trl", "bitsandbytes", "datasets")
 # Lower layers first: a module may import from its own layer and from those before it.
 LAYERS = [
     {"errors", "peft_type", "files", "distributed"},
-    {"config", "scores"},
+    {"config_checks", "scores"},
+    {"config", "allocation"},
     {"tuner"},
     {"importance", "selection"},
     {"calibration", "report_page"},
