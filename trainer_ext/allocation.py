@@ -75,7 +75,7 @@ def gains(scores: torch.Tensor, d_in: int) -> torch.Tensor:
 
     Raw scores of different layers are not comparable, since their scale depends on the layer's
     activations and width. Dividing by the l2 norm of the layer's scores makes them so (Molchanov
-    et al. 2017, arXiv 1611.06440, section 2.2); the root-mean-square in its place makes the
+    et al. 2017, arXiv 1611.06440); the root-mean-square in its place makes the
     result independent of the number of neurons too. Dividing by d_in, a neuron's cost, is the
     value per cost by which a knapsack is filled.
 
