@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from trainer_ext import SpftConfig, SpftError
-from trainer_ext.config import AXES, METRICS, check_budget, check_choice, check_positive_int
+from trainer_ext.config import METRICS
 from trainer_ext.tuner.targets import default_target_modules
 
 logger = logging.getLogger(__name__)
@@ -137,6 +137,10 @@ class SPFTArgs(BaseModel):
     )
 
 
+# Fields of SpftConfig -> what the YAML calls them.
+_YAML_NAMES = {key.removeprefix("spft_"): key for key in SPFTArgs.model_fields}
+
+
 def read_args(cfg: dict) -> SPFTArgs:
     """The plugin's keys of a raw YAML, checked.
 
@@ -159,13 +163,11 @@ def read_args(cfg: dict) -> SPFTArgs:
         raise SpftError(
             f"{first['loc'][0]} is {first['input']!r}; {first['msg'][0].lower()}{first['msg'][1:]}"
         ) from None
-    check_budget(args.spft_r, args.spft_density, prefix="spft_")
-    if args.spft_importance is not None:
-        check_choice("spft_importance", args.spft_importance, METRICS)
-    if args.spft_axis is not None:
-        check_choice("spft_axis", args.spft_axis, AXES)
-    if args.spft_calibration_batches is not None:
-        check_positive_int("spft_calibration_batches", args.spft_calibration_batches)
+    values = args.model_dump(exclude_none=True)
+    try:
+        SpftConfig(**{key.removeprefix("spft_"): value for key, value in values.items()})
+    except SpftError as error:
+        raise error.renamed(_YAML_NAMES) from None
     if args.spft_target_modules in ([], ""):
         raise SpftError(
             f"spft_target_modules is {args.spft_target_modules!r}; name layers, or drop the key to "
@@ -220,8 +222,7 @@ def in_yaml_words(cfg):
     try:
         yield
     except SpftError as error:
-        names = {name.removeprefix("spft_"): name for name in SPFTArgs.model_fields}
-        names |= {"layers_to_transform": "peft_layers_to_transform"}
+        names = _YAML_NAMES | {"layers_to_transform": "peft_layers_to_transform"}
         names |= {"layers_pattern": "peft_layers_pattern"}
         if cfg.lora_target_modules and not cfg.spft_target_modules:
             names["target_modules"] = "lora_target_modules"

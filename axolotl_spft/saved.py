@@ -22,15 +22,14 @@ def check_continued_adapter(cfg) -> None:
     """
     folder = cfg.lora_model_dir
     saved = _read(folder, f"lora_model_dir is {folder!r}")
-    r, density = _budget(saved)
-    for key, wanted, has in (
-        ("spft_r", cfg.spft_r, r),
-        ("spft_density", cfg.spft_density, density),
-    ):
+    bounds = {name: getattr(saved, name) for name in ("allocation_floor", "allocation_ceiling")}
+    for field, has in {**_budget(saved), **bounds}.items():
+        key, wanted = f"spft_{field}", cfg[f"spft_{field}"]
         if wanted is not None and wanted != has:
             raise SpftError(
                 f"{key} is {wanted} but the adapter in {folder!r} was made with "
-                f"{_in_words(saved)}; drop {key}, or start a fresh adapter without lora_model_dir"
+                f"{_in_words(saved, field)}; drop {key}, or start a fresh adapter without "
+                "lora_model_dir"
             )
     _warn_of_other_neurons(cfg, saved)
 
@@ -69,10 +68,18 @@ def check_resumed_adapter(cfg, config: SpftConfig) -> None:
     if not isinstance(folder, str):
         return
     saved = _read(folder, f"{seen} {folder!r}")
-    if _budget(saved) != _budget(config):
+    wanted = _budget(config)
+    for field, has in _budget(saved).items():
+        if wanted[field] != has:
+            raise SpftError(
+                f"{seen} {folder!r}, whose adapter has {_in_words(saved, field)}, but this run "
+                f"asks for {_in_words(config, field)}; ask for the same, or use another output_dir"
+            )
+    if saved.allocated != config.allocated:
         raise SpftError(
-            f"{seen} {folder!r}, whose adapter has {_in_words(saved)}, but this run asks for "
-            f"{_in_words(config)}; ask for the same, or use another output_dir"
+            f"{seen} {folder!r}, whose layers have other numbers of neurons than this run gives "
+            f"them by spft_importance_file {config.importance_file!r}; use the file and bounds "
+            "that the run began with, or another output_dir"
         )
 
 
@@ -92,13 +99,20 @@ def _read(folder: str, seen: str) -> SpftConfig:
     return saved
 
 
-def _budget(config: SpftConfig) -> tuple[int | None, float | None]:
-    """(r, density) with the default filled in."""
-    if config.density is None:
-        return config.r or DEFAULT_R, None
-    return None, config.density
+def _budget(config: SpftConfig) -> dict[str, object]:
+    """The fields that set the numbers of neurons, with the default of `r` filled in."""
+    return {
+        "r": (config.r or DEFAULT_R) if config.density is None else None,
+        "density": config.density,
+        "allocation": config.allocation,
+        "r_pattern": config.r_pattern or None,
+        "density_pattern": config.density_pattern or None,
+    }
 
 
-def _in_words(config: SpftConfig) -> str:
-    r, density = _budget(config)
-    return f"spft_r = {r}" if density is None else f"spft_density = {density}"
+def _in_words(config: SpftConfig, field: str) -> str:
+    """What a configuration says where another has something else in `field`."""
+    if field in ("r", "density"):
+        field = "r" if config.density is None else "density"
+    value = _budget(config).get(field, getattr(config, field))
+    return f"no spft_{field}" if value is None else f"spft_{field} = {value}"

@@ -7,7 +7,7 @@ safetensors only.
 from .calibration import measure_importance, select_by_scores, select_neurons
 from .config import SpftConfig
 from .errors import SpftError
-from .importance.scores import ImportanceScores
+from .scores import ImportanceScores
 from .selection import NeuronSelection, apply_selection, current_selection
 from .trainer import SpftCallback, SpftTrainer, SpftTrainerMixin
 from .tuner.layer import SpftLinear

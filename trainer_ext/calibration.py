@@ -19,10 +19,10 @@ from .distributed import release_gathered_weights
 from .errors import SpftError
 from .importance import METRIC_CLASSES
 from .importance.base import ImportanceMetric, RunBatch
-from .importance.scores import ImportanceScores
-from .importance.stability import Stability, measure_stability
-from .selection import NeuronSelection, apply_selection, check_same_layers, select_top
-from .tuner.model import adapter_config, spft_layers
+from .scores import ImportanceScores, check_same_layers
+from .selection import NeuronSelection, apply_selection, select_top
+from .stability import Stability, measure_stability
+from .tuner.model import adapter_config, layer_sizes, spft_layers
 
 logger = logging.getLogger(__name__)
 
@@ -119,8 +119,7 @@ def select_by_scores(
         SpftError: the scores are not those of the adapter's layers, or not finite.
     """
     config = adapter_config(model, adapter_name)
-    layers = spft_layers(model, adapter_name)
-    sizes = {name: layer.out_features for name, layer in layers.items()}
+    sizes = layer_sizes(model, adapter_name)
     check_same_layers("the importance scores", scores.out_features, "the adapter", sizes)
     neurons = {name: config.neurons_of(name, size) for name, size in sizes.items()}
     selection = select_top(scores.scores, neurons)
@@ -136,12 +135,7 @@ def load_scores(
     Raises:
         SpftError: the file is missing, damaged, of another kind, or made for other layers.
     """
-    sizes = {n: layer.out_features for n, layer in spft_layers(model, adapter_name).items()}
-    try:
-        scores = ImportanceScores.load(path)
-        check_same_layers("the file", scores.out_features, "the adapter", sizes)
-    except SpftError as error:
-        raise error.within(f"`importance_file` is {str(path)!r}") from None
+    scores = ImportanceScores.load_for(path, layer_sizes(model, adapter_name))
     metric = adapter_config(model, adapter_name).importance
     if scores.metric != metric:
         logger.warning(

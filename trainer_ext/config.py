@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
+from .config_checks import (
+    as_numbers,
+    check_budget,
+    check_choice,
+    check_layer_pattern,
+    check_pattern,
+    check_positive_int,
+    check_positive_number,
+    check_share,
+    matches_layer,
+)
 from .errors import SpftError
 from .peft_type import add_peft_type
 
@@ -23,6 +32,7 @@ METRICS = (
 )
 AXES = ("rows",)
 ALLOCATIONS = ("uniform", "global")
+PATTERNS = ("r_pattern", "density_pattern")
 
 
 @dataclass
@@ -169,7 +179,7 @@ class SpftConfig(PeftConfig):
         check_budget(self.r, self.density)
         check_choice("importance", self.importance, METRICS)
         check_choice("axis", self.axis, AXES)
-        check_choice("allocation", self.allocation, ALLOCATIONS)
+        self._check_allocation()
         check_positive_int("calibration_batches", self.calibration_batches)
         check_positive_int("zo_directions", self.zo_directions)
         check_positive_number("zo_eps", self.zo_eps)
@@ -186,14 +196,86 @@ class SpftConfig(PeftConfig):
                 "set; set it to the block indices to train, or drop `layers_pattern`"
             )
 
+    def _check_allocation(self) -> None:
+        for key, check in (
+            ("r_pattern", check_positive_int),
+            ("density_pattern", check_share),
+            ("allocated", check_positive_int),
+        ):
+            setattr(self, key, as_numbers(key, getattr(self, key), check))
+        for key in PATTERNS:
+            for pattern in getattr(self, key) or ():
+                check_layer_pattern(key, pattern)
+        check_choice("allocation", self.allocation, ALLOCATIONS)
+        check_share("allocation_floor", self.allocation_floor)
+        check_positive_number("allocation_ceiling", self.allocation_ceiling)
+        if self.allocation_ceiling < 1:
+            raise SpftError(
+                f"`allocation_ceiling` is {self.allocation_ceiling}; allowed is a multiple of the "
+                "uniform number of neurons, at least 1"
+            )
+        if self.allocation == "uniform" and self.allocated is not None:
+            raise SpftError(
+                "`allocated` is filled in but `allocation` is 'uniform'; leave `allocated` out"
+            )
+        if self.allocation == "global" and not self.importance_file and self.allocated is None:
+            raise SpftError(
+                "`allocation` is 'global' but `importance_file` is not set, and the numbers of "
+                "neurons must be known before training; make a file by `spft calibrate CONFIG -o "
+                "scores.safetensors` and set `importance_file` to it"
+            )
+
+    def to_dict(self) -> dict:
+        """As PEFT's, with patterns as pairs: PEFT sorts the keys of what it writes as JSON, but of
+        several patterns that match the first counts."""
+        fields = super().to_dict()
+        for key in PATTERNS:
+            if fields[key] is not None:
+                fields[key] = [list(pair) for pair in fields[key].items()]
+        return fields
+
     def neurons_of(self, layer: str, out_features: int) -> int:
         """Number of neurons to train in a layer with `out_features` neurons.
+
+        Args:
+            layer: its name in the base model.
+
+        Raises:
+            SpftError: the number is larger than the layer, `r_pattern` and `density_pattern` both
+                match the layer, or `allocated` lacks it.
+        """
+        matching = self.pattern_of(layer)
+        if matching is not None:
+            key, pattern = matching
+            if key == "density_pattern":
+                return share_of(self.density_pattern[pattern], out_features)
+            count = self.r_pattern[pattern]
+            if count > out_features:
+                raise SpftError(
+                    f"`r_pattern` gives layer {layer} {count} neurons by {pattern!r} but it has "
+                    f"{out_features}; lower the number to at most {out_features}, or use "
+                    "`density_pattern`"
+                )
+            return count
+        if self.allocation == "uniform":
+            return self.uniform_neurons_of(layer, out_features)
+        count = (self.allocated or {}).get(layer)
+        if count is None or count > out_features:
+            raise SpftError(
+                f"`allocated` has {count or 'no'} neurons for layer {layer} of {out_features}; it "
+                "was filled in for another model or other `target_modules`, so use a fresh "
+                "SpftConfig"
+            )
+        return count
+
+    def uniform_neurons_of(self, layer: str, out_features: int) -> int:
+        """The number that `r` or `density` gives a layer, whatever patterns and `allocation` say.
 
         Raises:
             SpftError: `r` is larger than the layer.
         """
         if self.density is not None:
-            return max(1, int(self.density * out_features + 0.5))
+            return share_of(self.density, out_features)
         if self.r is None:
             return min(DEFAULT_R, out_features)
         if self.r > out_features:
@@ -203,58 +285,26 @@ class SpftConfig(PeftConfig):
             )
         return self.r
 
+    def pattern_of(self, layer: str) -> tuple[str, str] | None:
+        """Field and key of the pattern that sets a layer's number; None if no pattern matches.
 
-def check_budget(r: int | None, density: float | None, prefix: str = "") -> None:
-    """Refuse a budget that is contradictory or out of range.
-
-    Args:
-        prefix: what the user's front end puts before the key names (`spft_` in YAML).
-    """
-    if r is not None and density is not None:
-        raise SpftError(
-            f"`{prefix}r` is {r} and `{prefix}density` is {density}, but both set the number of "
-            "neurons; keep one of them"
-        )
-    if r is not None:
-        check_positive_int(f"{prefix}r", r)
-    if density is not None and (
-        isinstance(density, bool)
-        or not isinstance(density, (int, float))
-        or not 0.0 < density <= 1.0
-    ):
-        raise SpftError(
-            f"`{prefix}density` is {density!r}; allowed is a share of the neurons above 0, up to "
-            "1, for example 0.05"
-        )
+        Raises:
+            SpftError: `r_pattern` and `density_pattern` both match the layer.
+        """
+        matching = []
+        for key in PATTERNS:
+            patterns = getattr(self, key) or ()
+            first = next((p for p in patterns if matches_layer(p, layer)), None)
+            if first is not None:
+                matching.append((key, first))
+        if len(matching) > 1:
+            raise SpftError(
+                f"layer {layer} matches {matching[0][1]!r} in `r_pattern` and {matching[1][1]!r} "
+                "in `density_pattern`; keep one of them"
+            )
+        return matching[0] if matching else None
 
 
-def check_positive_int(key: str, value: object) -> None:
-    """Refuse anything but a whole number of at least 1 (booleans included)."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SpftError(f"`{key}` is {value!r}; allowed is a whole number of at least 1")
-
-
-def check_positive_number(key: str, value: object) -> None:
-    """Refuse anything but a finite number above 0 (booleans included)."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
-        raise SpftError(f"`{key}` is {value!r}; allowed is a number above 0")
-
-
-def check_pattern(key: str, value: object) -> None:
-    """Refuse a string that is not a regular expression."""
-    if not isinstance(value, str):
-        return
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise SpftError(
-            f"`{key}` is {value!r}, which is not a regular expression ({error}); "
-            "mend it, or give a list of names"
-        ) from None
-
-
-def check_choice(key: str, value: object, allowed) -> None:
-    """Refuse a value that is not among `allowed`."""
-    if value not in tuple(allowed):
-        raise SpftError(f"`{key}` is {value!r}; allowed: {', '.join(allowed)}")
+def share_of(share: float, out_features: int) -> int:
+    """The number of neurons nearest to a share of a layer, at least one."""
+    return max(1, int(share * out_features + 0.5))

@@ -13,8 +13,8 @@ import torch
 
 from .distributed import whole_numel, world_size
 from .files import write_bytes
-from .importance.scores import ImportanceScores
 from .report_page import render_page
+from .scores import ImportanceScores
 from .selection import NeuronSelection, current_selection
 from .tuner.model import spft_layers
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from .importance.scores import ImportanceScores
+from .scores import ImportanceScores
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}

@@ -12,7 +12,8 @@ from torch import nn
 from .distributed import any_nonzero
 from .errors import SpftError
 from .files import read_tensors, write_tensors
-from .tuner.model import is_selected, spft_layers
+from .scores import check_finite, check_same_layers
+from .tuner.model import is_selected, layer_sizes, spft_layers
 
 SELECTION_KIND = "spft_selection"
 
@@ -74,32 +75,6 @@ class NeuronSelection:
                 )
 
 
-def check_same_layers(
-    left: str, left_sizes: dict[str, int], right: str, right_sizes: dict[str, int]
-) -> None:
-    """Compare two sets of layers with their numbers of neurons.
-
-    Raises:
-        SpftError: names the first difference and both sides.
-    """
-    for ours, ours_sizes, theirs, theirs_sizes in (
-        (left, left_sizes, right, right_sizes),
-        (right, right_sizes, left, left_sizes),
-    ):
-        only = sorted(set(ours_sizes) - set(theirs_sizes))
-        if only:
-            raise SpftError(
-                f"{ours} has {len(only)} layers that {theirs} does not have, first {only[0]}; "
-                "use the same model and `target_modules` for both"
-            )
-    for name, size in left_sizes.items():
-        if right_sizes[name] != size:
-            raise SpftError(
-                f"layer {name} has {size} neurons in {left} but {right_sizes[name]} in {right}; "
-                "they belong to different models"
-            )
-
-
 def top_neurons(scores: torch.Tensor, r: int) -> torch.Tensor:
     """Indices of the r highest scores, ascending; of equal scores the lower index wins.
 
@@ -123,14 +98,7 @@ def select_top(scores: dict[str, torch.Tensor], neurons: dict[str, int]) -> Neur
     Raises:
         SpftError: a score is NaN or infinite (the layer is named).
     """
-    for name, layer_scores in scores.items():
-        if not bool(torch.isfinite(layer_scores).all()):
-            bad = int((~torch.isfinite(layer_scores)).sum())
-            raise SpftError(
-                f"importance of layer {name}: {bad} of {layer_scores.numel()} scores are NaN or "
-                "infinite before any training; check the data and the model's weights for NaN, or "
-                "use bf16 or fp32 instead of fp16"
-            )
+    check_finite(scores)
     return NeuronSelection(
         index={name: top_neurons(s, neurons[name]) for name, s in scores.items()},
         out_features={name: s.numel() for name, s in scores.items()},
@@ -149,8 +117,8 @@ def apply_selection(
         SpftError: layers or shapes differ, or the adapter has been trained (its delta belongs to
             the neurons that it was trained for). Nothing has been changed then.
     """
+    selection.check_fits(layer_sizes(model, adapter_name))
     layers = spft_layers(model, adapter_name)
-    selection.check_fits({name: layer.out_features for name, layer in layers.items()})
     for name, layer in layers.items():
         delta = layer.spft_delta[adapter_name]
         if delta.is_selected and any_nonzero(delta.weight):
@@ -178,5 +146,5 @@ def current_selection(model: nn.Module, adapter_name: str = "default") -> Neuron
         index={
             n: layer.spft_delta[adapter_name].index.cpu().clone() for n, layer in layers.items()
         },
-        out_features={n: layer.out_features for n, layer in layers.items()},
+        out_features=layer_sizes(model, adapter_name),
     )

@@ -17,9 +17,9 @@ from .config import SpftConfig
 from .distributed import refuse_unsupported_engine, release_gathered_weights
 from .errors import SpftError, in_plain_words
 from .importance import METRIC_CLASSES
-from .importance.scores import ImportanceScores
 from .peft_type import add_peft_type
 from .report import RunFigures, optimizer_state_bytes, write_report
+from .scores import ImportanceScores
 from .trainer_batches import bare_model, first_batches, untouched
 from .tuner.model import default_task_type, is_selected
 

@@ -52,6 +52,8 @@ def unsorted_selection():
     layer.spft_delta["default"].select(torch.tensor([3, 1, 2, 0]))
 
 
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+
 # name -> (what the user does, given tmp_path; what the message must contain)
 CASES = {
     "r and density": (lambda p: SpftConfig(r=4, density=0.1), ["r is 4", "density is 0.1", "one"]),
@@ -75,6 +77,107 @@ CASES = {
     "layers_pattern alone": (
         lambda p: SpftConfig(layers_pattern="layers"),
         ["layers_pattern is 'layers'", "layers_to_transform"],
+    ),
+    "r_pattern a list": (
+        lambda p: SpftConfig(r_pattern=["q_proj"]),
+        ["r_pattern is ['q_proj']", "a number for each name"],
+    ),
+    "r_pattern a number": (lambda p: SpftConfig(r_pattern=8), ["r_pattern is 8", "down_proj: 8"]),
+    "r_pattern zero": (
+        lambda p: SpftConfig(r_pattern={"q_proj": 0}),
+        ["'q_proj'", "r_pattern is 0", "at least 1"],
+    ),
+    "r_pattern a share": (
+        lambda p: SpftConfig(r_pattern={"q_proj": 0.5}),
+        ["'q_proj'", "r_pattern is 0.5", "whole number"],
+    ),
+    "r_pattern true": (lambda p: SpftConfig(r_pattern={"q": True}), ["r_pattern is True"]),
+    "density_pattern above one": (
+        lambda p: SpftConfig(density_pattern={"q_proj": 8}),
+        ["'q_proj'", "density_pattern is 8", "up to 1"],
+    ),
+    "pattern no expression": (
+        lambda p: SpftConfig(r_pattern={"(q_proj": 8}),
+        ["r_pattern has '(q_proj'", "nor a regular expression", "mend it"],
+    ),
+    "pattern whole as an ending alone": (
+        lambda p: SpftConfig(density_pattern={"a)|(b": 0.5}),
+        ["density_pattern has 'a)|(b'", "nor a regular expression"],
+    ),
+    "pattern broken as an ending": (
+        lambda p: SpftConfig(density_pattern={"(?i)q_proj": 0.5}),
+        ["density_pattern has '(?i)q_proj'", "nor a regular expression"],
+    ),
+    "pattern a number": (lambda p: SpftConfig(r_pattern={0: 8}), ["r_pattern has 0", "name"]),
+    "both patterns match": (
+        lambda p: wrapped(r_pattern={"q_proj": 2}, density_pattern={".*attn.*": 0.5}),
+        ["layers.0.self_attn.q_proj", "'q_proj' in r_pattern", "density_pattern", "keep one"],
+    ),
+    "pattern larger than a layer": (
+        lambda p: wrapped(r_pattern={"k_proj": 20}),
+        ["r_pattern gives", "self_attn.k_proj 20 neurons", "16", "density_pattern"],
+    ),
+    "pattern without a layer": (
+        lambda p: wrapped(r_pattern={"q_proj": 2, "proj": 2}),
+        ["r_pattern has 'proj'", "no targeted layer", "down_proj", "v_proj"],
+    ),
+    "pattern of a layer that is no target": (
+        lambda p: wrapped(target_modules=["q_proj"], density_pattern={"up_proj": 0.1}),
+        ["density_pattern has 'up_proj'", "such as q_proj"],
+    ),
+    "unknown allocation": (
+        lambda p: SpftConfig(allocation="globl"),
+        ["allocation is 'globl'", "uniform, global"],
+    ),
+    "allocation_floor zero": (
+        lambda p: SpftConfig(allocation_floor=0),
+        ["allocation_floor is 0", "above 0"],
+    ),
+    "allocation_floor above one": (
+        lambda p: SpftConfig(allocation_floor=1.5),
+        ["allocation_floor is 1.5", "up to 1"],
+    ),
+    "allocation_ceiling below one": (
+        lambda p: SpftConfig(allocation_ceiling=0.5),
+        ["allocation_ceiling is 0.5", "at least 1"],
+    ),
+    "allocation_ceiling a string": (
+        lambda p: SpftConfig(allocation_ceiling="4"),
+        ["allocation_ceiling is '4'", "number"],
+    ),
+    "global without scores": (
+        lambda p: SpftConfig(allocation="global"),
+        ["allocation is 'global'", "importance_file is not set", "spft calibrate CONFIG -o"],
+    ),
+    "allocated without global": (
+        lambda p: SpftConfig(allocated={"a": 1}),
+        ["allocated is filled in", "allocation is 'uniform'", "leave allocated out"],
+    ),
+    "allocated zero": (
+        lambda p: SpftConfig(allocation="global", allocated={"a": 0}),
+        ["'a'", "allocated is 0", "at least 1"],
+    ),
+    "allocated for another model": (
+        lambda p: wrapped(allocation="global", allocated={"a": 1}),
+        ["allocated has no neurons", "model.layers.0.self_attn.q_proj", "fresh SpftConfig"],
+    ),
+    "global with no file there": (
+        lambda p: wrapped(allocation="global", importance_file=str(p / "none")),
+        ["importance_file is", "none does not exist"],
+    ),
+    "global with scores of another model": (
+        lambda p: wrapped(
+            allocation="global", importance_file=save_scores(p, {"a": torch.ones(3)})
+        ),
+        ["importance_file is", "the file has 1 layers", "first a", "same model"],
+    ),
+    "global with scores that are not finite": (
+        lambda p: wrapped(
+            target_modules=[Q_PROJ],
+            allocation="global",
+            importance_file=save_scores(p, {Q_PROJ: torch.ones(32) / torch.arange(32)}),
+        ),
+        ["importance_file is", f"layer {Q_PROJ}: 1 of 32", "NaN or infinite"],
     ),
     "r larger than a layer": (
         lambda p: wrapped(r=20),

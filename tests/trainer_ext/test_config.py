@@ -1,6 +1,7 @@
 """SpftConfig: a value is either refused in one line or kept; saving, loading, copying and
 pickling give an equal configuration, as PEFT expects of every method; density rounds to the
-nearest number of neurons and to at least one."""
+nearest number of neurons and to at least one. The first pattern that matches a layer sets its
+number, also after saving, and `allocated` sets the number of those that no pattern matches."""
 
 from __future__ import annotations
 
@@ -24,6 +25,24 @@ EXAMPLES = [
     SpftConfig(density=0.25, importance="magnitude", exclude_modules=r".*\.0\..*"),
     SpftConfig(r=5, target_modules=r".*mlp.*", modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
     SpftConfig(r=2, layers_to_transform=[0, 1], layers_pattern="layers"),
+    SpftConfig(
+        r=2, r_pattern={"q_proj": 3, r"0\..*": 5}, density_pattern={"down_proj": 0.5, "a": 1}
+    ),
+    SpftConfig(allocation="global", importance_file="scores.safetensors", allocation_floor=0.5),
+    SpftConfig(
+        density=0.1, allocation="global", allocation_ceiling=2, allocated={"b.x": 3, "a.x": 1}
+    ),
+]
+FIRST_COUNTS = {"z_proj": 1, r"layers\.0\.a_proj": 2, "a_proj": 3, r"layers\..*": 4}
+# what is matched -> r
+MATCHES = [
+    ("model.layers.0.a_proj", 2),
+    ("model.layers.1.a_proj", 3),
+    ("model.layers.0.mlp.z_proj", 1),
+    ("model.layers.0.mlp.az_proj", 4),  # a name ends at a dot
+    ("a_proj", 3),
+    ("model.a_proj.other", 9),
+    ("layers", 9),
 ]
 
 
@@ -57,6 +76,41 @@ def test_round_trip_through_files(config, tmp_path):
 def test_copies_are_equal(config, how):
     assert how(config) == config
     assert how(config).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize(("layer", "count"), MATCHES)
+def test_the_first_pattern_that_matches_counts_also_after_saving(layer, count, tmp_path):
+    config = SpftConfig(r=9, r_pattern=FIRST_COUNTS)
+    config.save_pretrained(tmp_path)
+    for same in (config, SpftConfig.from_pretrained(tmp_path), copy.deepcopy(config)):
+        assert list(same.r_pattern) == list(FIRST_COUNTS)
+        assert same.neurons_of(layer, 10) == count
+
+
+def test_patterns_of_density_take_shares_and_the_others_keep_theirs():
+    config = SpftConfig(r=9, density_pattern={"down_proj": 0.25})
+    assert config.neurons_of("layers.0.down_proj", 48) == 12
+    assert config.neurons_of("layers.0.up_proj", 48) == 9
+
+
+def test_allocated_numbers_count_where_no_pattern_does():
+    config = SpftConfig(
+        r=9, allocation="global", allocated={"a": 3, "b": 4}, r_pattern={"b": 5, "c": 6}
+    )
+    assert [config.neurons_of(layer, 10) for layer in "abc"] == [3, 5, 6]
+    assert config.uniform_neurons_of("a", 10) == 9
+    for layer, size, fragment in (("d", 10, "no neurons for layer d"), ("a", 2, "3 neurons")):
+        with pytest.raises(SpftError, match=fragment):
+            config.neurons_of(layer, size)
+
+
+def test_mappings_of_front_ends_become_plain_dicts():
+    class Mapping(dict):
+        pass
+
+    config = SpftConfig(r_pattern=Mapping(a=1), density_pattern=Mapping(b=0.5))
+    assert type(config.r_pattern) is type(config.density_pattern) is dict
+    assert config == SpftConfig(r_pattern={"a": 1}, density_pattern={"b": 0.5})
 
 
 def test_unknown_fields_of_later_versions_are_dropped(tmp_path, recwarn):

@@ -14,8 +14,9 @@ PACKAGE = Path(trainer_ext.__file__).parent
 OPTIONAL = ("axolotl", "deepspeed", "trl", "bitsandbytes", "datasets")
 # Lower layers first: a module may import from its own layer and from those before it.
 LAYERS = [
-    {"errors", "peft_type", "files", "distributed"},
-    {"config"},
+    {"errors", "peft_type", "files", "distributed", "stability"},
+    {"config_checks", "scores"},
+    {"config", "allocation"},
     {"tuner"},
     {"importance", "selection"},
     {"calibration", "report_page"},

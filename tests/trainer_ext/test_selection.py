@@ -20,8 +20,8 @@ from trainer_ext import (
     current_selection,
     select_by_scores,
 )
-from trainer_ext.importance.stability import Stability
 from trainer_ext.selection import select_top, top_neurons
+from trainer_ext.stability import Stability
 
 FINITE = st.floats(-1e30, 1e30, allow_nan=False, width=64)
 # few distinct values, so that ties are the rule

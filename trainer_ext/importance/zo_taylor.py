@@ -17,10 +17,10 @@ import torch
 from torch import nn
 
 from ..distributed import BLOCK_ROWS, mean_over_processes
+from ..stability import rank_correlation
 from .base import ImportanceMetric
 from .elementwise import sum_over_inputs
 from .noise import weight_noise
-from .stability import rank_correlation
 from .taps import as_linear_weight, replaced_forward
 
 # Below this rank correlation between two halves of the directions the ranking is mostly noise:

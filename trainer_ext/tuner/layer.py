@@ -40,6 +40,13 @@ class NeuronDelta(nn.Module):
             self._read_selected = (self.selected, self.selected._version, value)
         return value
 
+    def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Add the update's outputs to the base layer's output y, in place; x is its input.
+
+        A module's own forward, so that engines that shard `weight` gather it for this call.
+        """
+        return add_selected_outputs(y, x, self.weight, self.index)
+
     def select(self, index: torch.Tensor) -> None:
         """Fill in which neurons the rows of `weight` belong to.
 
@@ -115,7 +122,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             # A compiled graph must not depend on the flag: it may be filled in after compiling.
             # Adding an unselected adapter's zeros gives the same.
             if torch.compiler.is_compiling() or delta.is_selected:
-                y = add_selected_outputs(y, x, delta.weight, delta.index)
+                y = delta(y, x)
             elif (
                 self.training
                 and torch.is_grad_enabled()

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import logging
-import re
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..errors import SpftError
 from ..peft_type import add_peft_type
+from .budgets import settle_budgets
 from .layer import NeuronDelta, SpftLinear, is_linear
 from .targets import (
     default_target_modules,
+    name_in_base_model,
     refuse_no_target,
     refuse_tied_target,
     warn_of_untrained,
 )
 
 logger = logging.getLogger(__name__)
-
-# What PEFT, torch.compile, DDP and activation checkpointing put before or into module names.
-_WRAPPER_NAMES = re.compile(
-    r"^(base_model\.model\.|module\.)+|_orig_mod\.|_checkpoint_wrapped_module\."
-)
 
 
 class SpftModel(BaseTuner):
@@ -43,6 +39,7 @@ class SpftModel(BaseTuner):
             peft_config.target_modules = default_target_modules(self.model, peft_config)
         refuse_no_target(self.model, peft_config)
         warn_of_untrained(self.model, peft_config)
+        settle_budgets(self.model, peft_config)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -70,14 +67,15 @@ class SpftModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
+        name = name_in_base_model(current_key)
         if isinstance(target, SpftLinear):
-            target.update_layer(adapter_name, peft_config, current_key)
+            target.update_layer(adapter_name, peft_config, name)
             return
         by_pattern = isinstance(peft_config.target_modules, str)
         if by_pattern and not is_linear(target):
             return  # a pattern such as .*mlp.* matches containers and activations too
         refuse_tied_target(self.model, current_key, target)
-        layer = SpftLinear(target, adapter_name, peft_config, current_key)
+        layer = SpftLinear(target, adapter_name, peft_config, name)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
@@ -108,7 +106,7 @@ def spft_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Sp
         SpftError: no layer carries the adapter.
     """
     layers = {
-        _WRAPPER_NAMES.sub("", name): module
+        name_in_base_model(name): module
         for name, module in model.named_modules()
         if isinstance(module, SpftLinear) and adapter_name in module.spft_delta
     }
@@ -118,6 +116,11 @@ def spft_layers(model: nn.Module, adapter_name: str = "default") -> dict[str, Sp
             "with peft.get_peft_model(model, SpftConfig(...)), and check `target_modules`"
         )
     return layers
+
+
+def layer_sizes(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
+    """Numbers of neurons of the adapter's layers, by the layers' names in the base model."""
+    return {name: layer.out_features for name, layer in spft_layers(model, adapter_name).items()}
 
 
 def adapter_config(model: nn.Module, adapter_name: str = "default"):

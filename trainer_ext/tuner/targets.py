@@ -6,11 +6,11 @@ import copy
 import logging
 import re
 
-from peft.tuners.tuners_utils import check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..errors import SpftError
-from .layer import SpftLinear, is_linear
+from .layer import SpftLinear, is_linear, linear_shape
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +22,16 @@ NOT_LANGUAGE_MODEL = re.compile(
     r"|mm_projector|connector|aligner|qformer|language_projection|image_to_text_projection"
     r"|generation_\w+|(mamba|mixer)\.out_proj|original_module|modules_to_save)(\.|$)"
 )
+
+# What PEFT, torch.compile, DDP and activation checkpointing put before or into module names.
+_WRAPPER_NAMES = re.compile(
+    r"^(base_model\.model\.|module\.)+|_orig_mod\.|_checkpoint_wrapped_module\."
+)
+
+
+def name_in_base_model(name: str) -> str:
+    """A module's name without what wrappers (PEFT, DDP, torch.compile) put into it."""
+    return _WRAPPER_NAMES.sub("", name)
 
 
 def default_target_modules(model: nn.Module, config=None) -> list[str]:
@@ -68,6 +78,30 @@ def refuse_no_target(model: nn.Module, config) -> None:
         f"{' and '.join(given)}, which leaves no module of {type(model).__name__}; "
         f"name some of its linear layers: {', '.join(endings)}"
     )
+
+
+def targeted_shapes(model: nn.Module, config) -> dict[str, tuple[int, int]]:
+    """(d_in, d_out) of the linear layers that the configuration targets, in the model's order.
+
+    Args:
+        model: before or after the adapter's layers were put in.
+        config: an SpftConfig whose `target_modules` are not None.
+
+    Raises:
+        SpftError: a targeted layer is quantised.
+    """
+    shapes = {}
+    inside: tuple[str, ...] = ()  # names in layers of another adapter, which are no targets
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside = (*inside, f"{name}.")
+        layer = module.get_base_layer() if isinstance(module, SpftLinear) else module
+        if is_linear(layer) and check_target_module_exists(config, name):
+            base_name = name_in_base_model(name)
+            shapes[base_name] = linear_shape(layer, base_name)
+    return shapes
 
 
 def warn_of_untrained(model: nn.Module, config) -> None:

@@ -1,4 +1,4 @@
-"""ImportanceScores: the result of a calibration, and the file that keeps it."""
+"""ImportanceScores: the result of a calibration, its file, and whether it fits an adapter."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ..errors import SpftError
-from ..files import read_tensors, write_tensors
+from .errors import SpftError
+from .files import read_tensors, write_tensors
 from .stability import Stability
 
 IMPORTANCE_KIND = "spft_importance"
@@ -98,6 +98,68 @@ class ImportanceScores:
         except (KeyError, ValueError, TypeError) as error:
             raise SpftError(f"{path} has no valid header ({error}); make it anew") from None
 
+    @classmethod
+    def load_for(cls, path: str | os.PathLike, sizes: dict[str, int]) -> ImportanceScores:
+        """Read a configuration's `importance_file` for an adapter's layers.
+
+        Args:
+            sizes: layer name in the base model -> number of neurons, exactly the adapter's layers.
+
+        Raises:
+            SpftError: the file is missing, damaged, of another kind, or made for other layers.
+        """
+        try:
+            scores = cls.load(path)
+            check_same_layers("the file", scores.out_features, "the adapter", sizes)
+        except SpftError as error:
+            raise error.within(f"`importance_file` is {str(path)!r}") from None
+        return scores
+
 
 def _stability(values: dict | None) -> Stability | None:
     return None if values is None else Stability(**values)
+
+
+def check_same_layers(
+    left: str, left_sizes: dict[str, int], right: str, right_sizes: dict[str, int]
+) -> None:
+    """Compare two sets of layers with their numbers of neurons.
+
+    Raises:
+        SpftError: names the first difference and both sides.
+    """
+    for ours, ours_sizes, theirs, theirs_sizes in (
+        (left, left_sizes, right, right_sizes),
+        (right, right_sizes, left, left_sizes),
+    ):
+        only = sorted(set(ours_sizes) - set(theirs_sizes))
+        if only:
+            raise SpftError(
+                f"{ours} has {len(only)} layers that {theirs} does not have, first {only[0]}; "
+                "use the same model and `target_modules` for both"
+            )
+    for name, size in left_sizes.items():
+        if right_sizes[name] != size:
+            raise SpftError(
+                f"layer {name} has {size} neurons in {left} but {right_sizes[name]} in {right}; "
+                "they belong to different models"
+            )
+
+
+def check_finite(scores: dict[str, torch.Tensor]) -> None:
+    """Refuse scores that say nothing.
+
+    Args:
+        scores: layer name -> (d_out,).
+
+    Raises:
+        SpftError: a score is NaN or infinite (the layer is named).
+    """
+    for name, layer_scores in scores.items():
+        if not bool(torch.isfinite(layer_scores).all()):
+            bad = int((~torch.isfinite(layer_scores)).sum())
+            raise SpftError(
+                f"importance of layer {name}: {bad} of {layer_scores.numel()} scores are NaN or "
+                "infinite before any training; check the data and the model's weights for NaN, or "
+                "use bf16 or fp32 instead of fp16"
+            )

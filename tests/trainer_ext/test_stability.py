@@ -14,14 +14,14 @@ from tiny_models import batch
 
 from trainer_ext import measure_importance
 from trainer_ext.importance.quantile_mean import CLASS_KEY
-from trainer_ext.importance.stability import (
+from trainer_ext.selection import top_neurons
+from trainer_ext.stability import (
     GOAL,
     POOR,
     expected_overlap,
     measure_stability,
     rank_correlation,
 )
-from trainer_ext.selection import top_neurons
 
 BATCHES = [{**batch(seed, rows=4), CLASS_KEY: torch.tensor([0, 1, 2, 1])} for seed in range(4)]
 DATA_DRIVEN = ("taylor", "group_taylor", "zo_taylor", "quantile_mean", "wanda")

@@ -1,0 +1,66 @@
+"""How many neurons each layer gets, settled before the layers are made."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+
+from ..allocation import allocate
+from ..config import PATTERNS
+from ..config_checks import matches_layer
+from ..errors import SpftError
+from ..scores import ImportanceScores
+from .targets import targeted_shapes
+
+logger = logging.getLogger(__name__)
+
+
+def settle_budgets(model: nn.Module, config) -> None:
+    """Check the patterns against the layers, and fill in `allocated` where it is asked for.
+
+    With `allocation: global` the scores in `importance_file` are read here and never again for
+    this purpose: the result is saved with the configuration.
+
+    Args:
+        config: an SpftConfig whose `target_modules` are not None.
+
+    Raises:
+        SpftError: a pattern matches no targeted layer, or the scores are not those of exactly the
+            targeted layers, or not finite.
+    """
+    if config.allocation == "uniform" and not any(getattr(config, key) for key in PATTERNS):
+        return
+    shapes = targeted_shapes(model, config)
+    _refuse_idle_pattern(config, shapes)
+    if config.allocation == "uniform" or config.allocated is not None:
+        return
+    scores = ImportanceScores.load_for(
+        config.importance_file, {name: d_out for name, (_, d_out) in shapes.items()}
+    )
+    competing = {n: shape for n, shape in shapes.items() if config.pattern_of(n) is None}
+    uniform = {n: config.uniform_neurons_of(n, d_out) for n, (_, d_out) in competing.items()}
+    d_in = {name: inputs for name, (inputs, _) in competing.items()}
+    try:
+        config.allocated = allocate(
+            scores.scores, d_in, uniform, config.allocation_floor, config.allocation_ceiling
+        )
+    except SpftError as error:
+        raise error.within(f"`importance_file` is {config.importance_file!r}") from None
+    logger.info(
+        "%d neurons allocated to %d layers by %s",
+        sum(config.allocated.values()),
+        len(config.allocated),
+        config.importance_file,
+    )
+
+
+def _refuse_idle_pattern(config, layers: dict[str, tuple[int, int]]) -> None:
+    for key in PATTERNS:
+        for pattern in getattr(config, key) or ():
+            if not any(matches_layer(pattern, layer) for layer in layers):
+                endings = sorted({layer.rpartition(".")[2] for layer in layers})
+                raise SpftError(
+                    f"`{key}` has {pattern!r}, which matches no targeted layer; name endings of "
+                    f"layers, such as {', '.join(endings[:8])}"
+                )
