@@ -19,8 +19,10 @@ from tiny_models import batch, tiny_model
 from transformers import TrainingArguments
 
 from trainer_ext import ImportanceScores, SpftConfig, SpftTrainer
+from trainer_ext.distributed import ShardLayout, read_neurons
 from trainer_ext.importance.quantile_mean import CLASS_KEY
 from trainer_ext.trainer import IMPORTANCE_FILE
+from trainer_ext.trainer_batches import bare_model
 from trainer_ext.tuner.model import deltas, spft_layers
 
 GLOBAL_BATCH = 12
@@ -79,17 +81,33 @@ def train(folder: Path, engine: str, metric: str, world: int) -> dict:
     trainer.train()
     check_engine(trainer, engine, world)
     layers = spft_layers(trainer.model)
+    compact = {name: delta.weight for name, delta in deltas(trainer.model).items()}
     result = {
         "index": {name: delta.index for name, delta in deltas(trainer.model).items()},
+        "delta": {
+            name: read_neurons(weight, ShardLayout.of(weight), torch.arange(4))
+            for name, weight in compact.items()
+        },
         "scores": ImportanceScores.load(folder / metric / IMPORTANCE_FILE).scores,
         "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
-        "rows": {name: layer.rows(torch.tensor([0, 5])) for name, layer in layers.items()},
+        "loss_after_writing": loss_after_writing(trainer, layers),
     }
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
     del trainer, model, layers
     gc.collect()
     return result
+
+
+def loss_after_writing(trainer, layers) -> torch.Tensor:
+    """Of the bare model on a fixed batch, when two neurons of every layer have been overwritten."""
+    index = torch.tensor([0, 5])
+    for layer in layers.values():
+        rows = layer.rows(index)
+        layer._write_rows(index, rows + 0.1)
+        assert torch.equal(layer.rows(index), rows + 0.1)
+    with torch.no_grad():
+        return bare_model(trainer).eval()(**batch(8)).loss
 
 
 def deepspeed_config(engine: str) -> dict | None:

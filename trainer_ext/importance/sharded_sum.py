@@ -16,6 +16,8 @@ import torch.distributed as dist
 
 from ..distributed import ShardLayout, any_process, process_rank, world_size
 
+# renamed in torch 2.13
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 # Fills a (rows, columns) fp32 tensor.
 Fill = Callable[[torch.Tensor], None]
 
@@ -127,7 +129,7 @@ class ShardedSums:
         rank = process_rank()
         # in place in this process's own range: no second buffer
         own = whole[rank * layout.block : (rank + 1) * layout.block]
-        dist.reduce_scatter_tensor(own, whole)
+        _reduce_scatter(own, whole)
         sums += own.to(sums.device)
         self._turn += 1
         if self._turn == len(self._order):
