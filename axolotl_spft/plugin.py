@@ -14,7 +14,8 @@ from trainer_ext import SpftCallback, SpftError
 from trainer_ext.tuner.model import default_task_type
 
 from .args import in_yaml_words, read_args, spft_config, warn_of_unused_lora_keys
-from .checks import refuse_unsupported
+from .checks import check_classes, refuse_unsupported
+from .class_column import calibrates_by_class, load_with_class_column
 from .saved import check_continued_adapter, check_resumed_adapter
 
 ADAPTER = "prune_spft"
@@ -37,6 +38,7 @@ class SPFTPlugin(BasePlugin):
             _refuse_ignored_adapter(cfg)
             return
         refuse_unsupported(cfg)
+        check_classes(cfg)
         warn_of_unused_lora_keys(cfg)
         # Axolotl's default merge reads LoRA files only.
         cfg["merge_method"] = "legacy"
@@ -46,6 +48,12 @@ class SPFTPlugin(BasePlugin):
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=ADAPTER)]
+
+    def load_datasets(self, cfg, preprocess: bool = False):
+        """Axolotl's own datasets, which keep the class column where quantile_mean needs it."""
+        if cfg.adapter == ADAPTER and calibrates_by_class(cfg):
+            return load_with_class_column(cfg)
+        return None
 
     def load_adapter(self, model, cfg, inference: bool = False, config_only: bool = False):
         """Wrap the model with a fresh adapter, or with the one in `lora_model_dir`."""

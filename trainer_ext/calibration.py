@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .class_column import RowClasses, hide_classes
 from .errors import SpftError
 from .importance import METRIC_CLASSES
 from .importance.scores import ImportanceScores
@@ -52,7 +53,11 @@ def measure_importance(
     started = time.perf_counter()
     count = 0
     if metric.needs_data:
-        with calibration_mode(model, layers), metric.attached():
+        with (
+            calibration_mode(model, layers),
+            RowClasses.installed(model) as metric.row_classes,
+            metric.attached(),
+        ):
             for run_batch in batches:
                 metric.observe(run_batch)
                 count += 1
@@ -123,7 +128,9 @@ def select_neurons(
 
     Args:
         model: a PEFT model with a fresh SPFT adapter.
-        batches: for metrics that need data: model inputs, one dict a batch.
+        batches: for metrics that need data: model inputs, one dict a batch. For quantile_mean
+            with the rows' class ids under `CLASS_KEY`, which the model never gets to see, neither
+            now nor in training.
         loss: loss of the model on a batch; default `model(**batch).loss`.
 
     Raises:
@@ -139,9 +146,11 @@ def select_neurons(
 
         return run_batch
 
-    importance_file = adapter_config(model, adapter_name).importance_file
-    if importance_file:
-        scores = load_scores(importance_file, model, adapter_name)
+    config = adapter_config(model, adapter_name)
+    if config.importance == "quantile_mean":
+        hide_classes(model)
+    if config.importance_file:
+        scores = load_scores(config.importance_file, model, adapter_name)
     else:
         scores = measure_importance(model, (run(b) for b in batches), adapter_name)
     return select_by_scores(model, scores, adapter_name)

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from ..class_column import RowClasses
 from ..tuner.layer import SpftLinear
 
 
@@ -19,9 +20,12 @@ class ImportanceMetric(ABC):
 
     Attributes:
         needs_data: whether `observe` must be called at all.
+        row_classes: holds the classes of the rows that the model is working on, where batches
+            carry them; put here by the calibration before the first batch.
     """
 
     needs_data: bool = True
+    row_classes: RowClasses | None = None
 
     def __init__(self, layers: dict[str, SpftLinear], seed: int = 0) -> None:
         self.layers = layers
