@@ -52,14 +52,8 @@ class SpftCallback(TrainerCallback):
         self._let_batches_carry_classes()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        refuse_unsupported_engine(self.trainer)
-        model = bare_model(self.trainer)
-        adapter_name = active_spft_adapter(model)
+        model, adapter_name = self._prepared_model()
         self._step_seconds.clear()
-        if _calibrates_by_class(model.peft_config[adapter_name]):
-            hide_classes(model)  # model_init may have made another model
-            if self._class_mistake and not is_selected(model, adapter_name):
-                raise self._class_mistake
         if is_selected(model, adapter_name):
             if self.scores is None:  # else train() was called again, or retried
                 self.scores = self._scores_of_this_run(model, adapter_name)
@@ -68,7 +62,7 @@ class SpftCallback(TrainerCallback):
         if config.importance_file:
             self.scores = load_scores(config.importance_file, model, adapter_name)
         else:
-            self.scores = self._calibrate(model, adapter_name, config)
+            self.scores = self.calibrate()
         selection = select_by_scores(model, self.scores, adapter_name)
         if self.trainer.is_world_process_zero():
             self.scores.save(Path(args.output_dir) / IMPORTANCE_FILE)
@@ -102,6 +96,28 @@ class SpftCallback(TrainerCallback):
             log_history=state.log_history,
         )
         write_report(args.output_dir, model, adapter_name, self.scores, figures)
+
+    def calibrate(self) -> ImportanceScores:
+        """Score the neurons of the adapter, and change nothing.
+
+        Must be called when training begins: the engine and the data loader are ready then.
+
+        Raises:
+            SpftError: the engine, the adapter or the data does not allow it.
+        """
+        model, adapter_name = self._prepared_model()
+        return self._calibrate(model, adapter_name, model.peft_config[adapter_name])
+
+    def _prepared_model(self) -> tuple[PeftModel, str]:
+        """The model that is about to be trained or calibrated, and its SPFT adapter's name."""
+        refuse_unsupported_engine(self.trainer)
+        model = bare_model(self.trainer)
+        adapter_name = active_spft_adapter(model)
+        if _calibrates_by_class(model.peft_config[adapter_name]):
+            hide_classes(model)  # model_init may have made another model
+            if self._class_mistake and not is_selected(model, adapter_name):
+                raise self._class_mistake
+        return model, adapter_name
 
     def _let_batches_carry_classes(self) -> None:
         """Must be done before training, since `on_train_begin` comes after the data loader.
