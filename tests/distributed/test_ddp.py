@@ -15,7 +15,7 @@ import torch
 HERE = Path(__file__).parent
 
 
-def launch(folder: Path, world: int) -> list[dict]:
+def launch(folder: Path, world: int, worker: str = "ddp_worker.py") -> list[dict]:
     folder.mkdir()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += [f"--nproc-per-node={world}"] if world > 1 else []
@@ -23,12 +23,13 @@ def launch(folder: Path, world: int) -> list[dict]:
         command = [sys.executable]
     environment = {
         **os.environ,
-        "PYTHONPATH": str(HERE.parent / "support"),
+        # this checkout, wherever an editable install may point
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE.parent / "support"))),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
     }
     done = subprocess.run(
-        [*command, str(HERE / "ddp_worker.py"), str(folder)],
+        [*command, str(HERE / worker), str(folder)],
         env=environment,
         capture_output=True,
         text=True,
@@ -58,3 +59,20 @@ def test_ddp_is_one_process(tmp_path, world, one_process):
         for name, scores in one_process["scores"].items():
             assert (rank["scores"][name] - scores).abs().max() <= 1e-5 * scores.max()
     assert ranks[0]["losses"] == pytest.approx(one_process["losses"], rel=1e-5)
+
+
+def test_classes_reach_the_calibration_of_every_process(tmp_path):
+    """Each process gets those of its own rows, and the model below DDP never gets any."""
+    ranks = launch(tmp_path / "run", 2, "class_worker.py")
+    rows = set()
+    for rank in ranks:
+        assert len(rank["calibration"]) == len(rank["training"]) == 2
+        for calibrated, (first_tokens, classes) in zip(
+            rank["calibration"], rank["training"], strict=True
+        ):
+            assert torch.equal(calibrated, classes)
+            assert torch.equal(classes, first_tokens % 3)
+            rows.update(first_tokens.tolist())
+        assert "input_ids" in rank["model"]
+        assert not rank["model"] & {"spft_class", "kind"}
+    assert len(rows) == 16
