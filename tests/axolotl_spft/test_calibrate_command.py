@@ -21,6 +21,7 @@ import tomllib
 from axolotl_runs import own_process_state, same_tensors, spft_yaml, train, write_yaml
 from click.testing import CliRunner
 
+from axolotl_spft import SPFTPlugin
 from axolotl_spft.calibrate import calibrate_yaml
 from axolotl_spft.cli import calibrate, main
 from trainer_ext import ImportanceScores, SpftError
@@ -88,12 +89,16 @@ def test_file_is_that_of_a_training_run(assets, tmp_path, temporary, case):
 
 
 def test_nothing_is_trained_and_output_dir_is_left_alone(assets, tmp_path, monkeypatch):
-    from transformers import Trainer
+    from transformers import Trainer, TrainerCallback
 
     def never(*args, **kwargs):
-        raise AssertionError("a training step was run")
+        raise AssertionError("training has begun")
+
+    class Tracker(TrainerCallback):
+        on_train_begin = never  # as those of Weights & Biases and others, that open a run there
 
     monkeypatch.setattr(Trainer, "training_step", never)
+    monkeypatch.setattr(SPFTPlugin, "add_callbacks_pre_trainer", lambda *args: [Tracker()])
     output_dir = tmp_path / "never"
     output_dir.mkdir()
     (output_dir / "adapter_model.safetensors").write_bytes(b"an earlier run's")

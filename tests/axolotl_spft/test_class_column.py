@@ -9,6 +9,7 @@ not touched.
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -61,6 +62,7 @@ def _row(i: int) -> dict:
     answer = " ".join([word] * (30 if i % 6 == 0 else 1 + i % 4))
     return {
         "topic": word,
+        "parity": i % 2,
         "messages": [
             {"role": "user", "content": f"say {word} {i}"},
             {"role": "assistant", "content": answer},
@@ -154,15 +156,28 @@ def test_training_from_prepared_data(assets, tmp_path, rows):
     source = tmp_path / "rows.jsonl"
     source.write_text(rows.read_text())
     config = _yaml(assets, source, tmp_path, **EVERYTHING)
+    plain = {**config, "spft_importance": "magnitude", "spft_class_field": None}
     with own_process_state():
-        call(do_cli, {**config, "spft_importance": None, "spft_class_field": None}, tmp_path / "a")
-    with own_process_state():  # must not take what was prepared without the column
-        call(do_cli, config, tmp_path / "b")
+        call(do_cli, config, tmp_path / "a")
+    with own_process_state():  # must not take the place of what has the column
+        call(do_cli, plain, tmp_path / "b")
     source.unlink()
     run = train(config, tmp_path / "run")
     _assert_right_classes(run.calibration)
     with own_process_state():
-        train({**config, "spft_importance": "magnitude", "spft_class_field": None}, tmp_path / "c")
+        other = train(plain, tmp_path / "other")
+    assert same_batches(_without_classes(run.batches), other.batches)
+
+
+def test_another_column_of_the_same_data(assets, tmp_path, rows):
+    """Prepared data with one column does not stand in for data with another."""
+    _assert_right_classes(train(_yaml(assets, rows, tmp_path), tmp_path / "topic").calibration)
+    with own_process_state():
+        run = train(_yaml(assets, rows, tmp_path, spft_class_field="parity"), tmp_path / "parity")
+    for batch in run.calibration:
+        texts = byte_tokenizer().batch_decode(batch["input_ids"])
+        numbers = [int(re.search(r"say \w+ (\d+)", text)[1]) for text in texts]
+        assert batch[CLASS_KEY].tolist() == [number % 2 for number in numbers]
 
 
 def test_the_model_never_sees_the_classes(assets, tmp_path, rows):
@@ -229,7 +244,7 @@ def test_other_yamls_are_not_touched(assets, tmp_path, rows):
     [
         (
             {"spft_class_field": "tpic"},
-            ["spft_class_field is 'tpic'", "rows.jsonl", "topic, messages", "name the one"],
+            ["spft_class_field is 'tpic'", "rows.jsonl", "topic, parity", "name the one"],
         ),
         ({"spft_class_field": "input"}, ["spft_class_field", "single-valued ('')", "at least two"]),
         ({"spft_class_field": None}, ["spft_class_field is not set", "name the dataset column"]),

@@ -18,6 +18,7 @@ from torch.utils.data import IterableDataset
 from transformers import (
     DataCollatorWithFlattening,
     LlamaForSequenceClassification,
+    Trainer,
     TrainingArguments,
     default_data_collator,
 )
@@ -49,19 +50,24 @@ def seen(monkeypatch):
     return batches
 
 
+def watch(model, reached: set[str]) -> None:
+    """Note what a PEFT model's own forward is called with."""
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        reached.update(kwargs)
+        return forward(*args, **kwargs)
+
+    model.forward = watched
+
+
 class Watched(SpftTrainer):
     """Keeps the inputs of its losses and what the model is called with."""
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.inputs, self.reached = [], set()
-        forward = self.model.forward
-
-        def watched(*args, **kwargs):
-            self.reached.update(kwargs)
-            return forward(*args, **kwargs)
-
-        self.model.forward = watched
+        watch(self.model, self.reached)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         self.inputs.append({k: v.clone() for k, v in inputs.items()})
@@ -168,6 +174,38 @@ def test_evaluation_rows(tmp_path, evaluation):
     trainer = trained(tmp_path, labelled("list"), evaluation=rows)
     assert len([e for e in trainer.state.log_history if "eval_loss" in e]) == 3
     assert CLASS_KEY not in trainer.reached
+
+
+def test_evaluation_before_training(tmp_path):
+    trainer = Watched(
+        tiny_model(),
+        arguments(tmp_path),
+        train_dataset=labelled("list"),
+        eval_dataset=labelled("list", rows=8),
+        spft_config=SpftConfig(**CONFIG),
+    )
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert CLASS_KEY not in trainer.reached
+
+
+def test_a_model_that_is_made_when_training_begins(tmp_path, seen):
+    reached = set()
+
+    def model_init():
+        model = wrapped(**CONFIG)
+        watch(model, reached)
+        return model
+
+    trainer = Trainer(
+        args=arguments(tmp_path, eval_strategy="no"),
+        model_init=model_init,
+        train_dataset=labelled("list"),
+    )
+    trainer.add_callback(SpftCallback(trainer))
+    trainer.train()
+    assert len(seen) == 3
+    assert "input_ids" in reached
+    assert CLASS_KEY not in reached
 
 
 @pytest.mark.parametrize(
