@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from trainer_ext import SpftError
 
+from .class_column import calibrates_by_class
+
 _NOT_YET = "is not supported with adapter: prune_spft yet"
 
 
@@ -66,3 +68,32 @@ def refuse_unsupported(cfg: dict) -> None:
             "merge_method is 'memory_efficient': Axolotl's shard-wise merge knows LoRA files only; "
             "drop merge_method (SPFT uses legacy, which merges exactly)"
         )
+
+
+def check_classes(cfg: dict) -> None:
+    """Check what `spft_importance: quantile_mean` needs of a raw YAML.
+
+    Raises:
+        SpftError: the class column is not named, or rows and classes would not go together.
+    """
+    if not calibrates_by_class(cfg):
+        return
+    if not cfg.get("spft_class_field"):
+        raise SpftError(
+            "spft_importance is 'quantile_mean' but spft_class_field is not set; name the dataset "
+            "column that holds each row's class"
+        )
+    for key, reason, mend in (
+        (
+            "sample_packing",
+            "one row would hold several sequences, each of its own class",
+            "drop it",
+        ),
+        ("pretraining_dataset", "the classes of a stream cannot be known", "use datasets"),
+        ("streaming", "the classes of a stream cannot be known", "drop it"),
+    ):
+        if cfg.get(key):
+            raise SpftError(
+                f"{key} is {cfg[key]!r} with spft_importance: quantile_mean: {reason}; {mend}, "
+                "or use another spft_importance (group_taylor)"
+            )

@@ -14,14 +14,40 @@ from trainer_ext import SpftCallback, SpftError
 from trainer_ext.tuner.model import default_task_type
 
 from .args import in_yaml_words, read_args, spft_config, warn_of_unused_lora_keys
-from .checks import refuse_unsupported
+from .checks import check_classes, refuse_unsupported
+from .class_column import calibrates_by_class, load_with_class_column
 from .saved import check_continued_adapter, check_resumed_adapter
 
 ADAPTER = "prune_spft"
 
 
+class SPFTCallback(SpftCallback):
+    """SpftCallback whose messages name the YAML's keys."""
+
+    logger = logging.getLogger("axolotl.spft")  # Axolotl shows INFO of its own loggers alone
+
+    def __init__(self, trainer, cfg) -> None:
+        super().__init__(trainer)
+        self._cfg = cfg
+
+    @classmethod
+    def attach(cls, trainer, cfg) -> None:
+        """Let it take part in the training."""
+        trainer.add_callback(cls(trainer, cfg))
+
+    def on_train_begin(self, *args, **kwargs) -> None:
+        with in_yaml_words(self._cfg):
+            super().on_train_begin(*args, **kwargs)
+
+
 class SPFTPlugin(BasePlugin):
-    """Trains the neurons that matter: see the README's table of `spft_` keys."""
+    """Trains the neurons that matter: see the README's table of `spft_` keys.
+
+    Attributes:
+        callback_class: carries the run; `spft calibrate` puts its own here.
+    """
+
+    callback_class = SPFTCallback
 
     def register(self, cfg: dict) -> None:
         """Check the raw YAML, before Axolotl drops the keys that it does not know."""
@@ -37,6 +63,7 @@ class SPFTPlugin(BasePlugin):
             _refuse_ignored_adapter(cfg)
             return
         refuse_unsupported(cfg)
+        check_classes(cfg)
         warn_of_unused_lora_keys(cfg)
         # Axolotl's default merge reads LoRA files only.
         cfg["merge_method"] = "legacy"
@@ -46,6 +73,12 @@ class SPFTPlugin(BasePlugin):
 
     def get_adapter_capabilities(self) -> list[AdapterCapabilities]:
         return [AdapterCapabilities(name=ADAPTER)]
+
+    def load_datasets(self, cfg, preprocess: bool = False):
+        """Axolotl's own datasets, which keep the class column where quantile_mean needs it."""
+        if cfg.adapter == ADAPTER and calibrates_by_class(cfg):
+            return load_with_class_column(cfg)
+        return None
 
     def load_adapter(self, model, cfg, inference: bool = False, config_only: bool = False):
         """Wrap the model with a fresh adapter, or with the one in `lora_model_dir`."""
@@ -79,21 +112,7 @@ class SPFTPlugin(BasePlugin):
     def post_trainer_create(self, cfg, trainer) -> None:
         if cfg.adapter == ADAPTER:
             check_resumed_adapter(cfg, trainer.model.peft_config["default"])
-            trainer.add_callback(_Callback(trainer, cfg))
-
-
-class _Callback(SpftCallback):
-    """SpftCallback whose messages name the YAML's keys."""
-
-    logger = logging.getLogger("axolotl.spft")  # Axolotl shows INFO of its own loggers alone
-
-    def __init__(self, trainer, cfg) -> None:
-        super().__init__(trainer)
-        self._cfg = cfg
-
-    def on_train_begin(self, *args, **kwargs) -> None:
-        with in_yaml_words(self._cfg):
-            super().on_train_begin(*args, **kwargs)
+            self.callback_class.attach(trainer, cfg)
 
 
 def _refuse_ignored_adapter(cfg: dict) -> None:
@@ -105,6 +124,14 @@ def _refuse_ignored_adapter(cfg: dict) -> None:
         )
 
 
+def show_mistake(error: SpftError) -> None:
+    """Print a user's mistake as the last line."""
+    # An open bar would share its line with the message and show itself again at exit.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"axolotl-spft: {error}", file=sys.stderr)
+
+
 def _show_mistakes_in_one_line() -> None:
     """Print a user's mistake without a traceback when it ends the program."""
     if getattr(sys.excepthook, "shows_spft_errors", False):
@@ -113,10 +140,7 @@ def _show_mistakes_in_one_line() -> None:
 
     def hook(kind, error, traceback):
         if issubclass(kind, SpftError):
-            # An open bar would share its line with the message and show itself again at exit.
-            for bar in list(getattr(tqdm, "_instances", ())):
-                bar.close()
-            print(f"axolotl-spft: {error}", file=sys.stderr)
+            show_mistake(error)
         else:
             others(kind, error, traceback)
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .class_column import RowClasses, hide_classes
 from .config import SpftConfig
 from .distributed import release_gathered_weights
 from .errors import SpftError
@@ -59,7 +60,10 @@ def measure_importance(
         passes = metric.passes()
         if len(passes) > 1:
             batches = list(batches)
-        with calibration_mode(model, layers, metric.needs_gradients):
+        with (
+            calibration_mode(model, layers, metric.needs_gradients),
+            RowClasses.installed(model) as metric.row_classes,
+        ):
             for names in passes:
                 metric.begin_pass(names)
                 with metric.attached(names):
@@ -157,7 +161,9 @@ def select_neurons(
 
     Args:
         model: a PEFT model with a fresh SPFT adapter.
-        batches: for metrics that need data: model inputs, one dict a batch.
+        batches: for metrics that need data: model inputs, one dict a batch. For quantile_mean
+            with the rows' class ids under `CLASS_KEY`, which the model never gets to see, neither
+            now nor in training.
         loss: loss of the model on a batch; default `model(**batch).loss`.
 
     Raises:
@@ -174,9 +180,11 @@ def select_neurons(
 
         return run_batch
 
-    importance_file = adapter_config(model, adapter_name).importance_file
-    if importance_file:
-        scores = load_scores(importance_file, model, adapter_name)
+    config = adapter_config(model, adapter_name)
+    if config.importance == "quantile_mean":
+        hide_classes(model)
+    if config.importance_file:
+        scores = load_scores(config.importance_file, model, adapter_name)
     else:
         scores = measure_importance(model, (run(b) for b in batches), adapter_name)
     return select_by_scores(model, scores, adapter_name)

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback
 
 from .calibration import load_scores, measure_importance, select_by_scores
+from .class_column import add_class_column, hide_classes
 from .config import SpftConfig
 from .distributed import refuse_unsupported_engine, release_gathered_weights
 from .errors import SpftError, in_plain_words
@@ -47,11 +48,11 @@ class SpftCallback(TrainerCallback):
         self.scores: ImportanceScores | None = None
         self._step_seconds: list[float] = []
         self._step_started: float | None = None
+        self._class_mistake: SpftError | None = None
+        self._let_batches_carry_classes()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        refuse_unsupported_engine(self.trainer)
-        model = bare_model(self.trainer)
-        adapter_name = active_spft_adapter(model)
+        model, adapter_name = self._prepared_model()
         self._step_seconds.clear()
         if is_selected(model, adapter_name):
             if self.scores is None:  # else train() was called again, or retried
@@ -61,7 +62,7 @@ class SpftCallback(TrainerCallback):
         if config.importance_file:
             self.scores = load_scores(config.importance_file, model, adapter_name)
         else:
-            self.scores = self._calibrate(model, adapter_name, config)
+            self.scores = self.calibrate()
         selection = select_by_scores(model, self.scores, adapter_name)
         if self.trainer.is_world_process_zero():
             self.scores.save(Path(args.output_dir) / IMPORTANCE_FILE)
@@ -95,6 +96,45 @@ class SpftCallback(TrainerCallback):
             log_history=state.log_history,
         )
         write_report(args.output_dir, model, adapter_name, self.scores, figures)
+
+    def calibrate(self) -> ImportanceScores:
+        """Score the neurons of the adapter, and change nothing.
+
+        Must be called when training begins: the engine and the data loader are ready then.
+
+        Raises:
+            SpftError: the engine, the adapter or the data does not allow it.
+        """
+        model, adapter_name = self._prepared_model()
+        return self._calibrate(model, adapter_name, model.peft_config[adapter_name])
+
+    def _prepared_model(self) -> tuple[PeftModel, str]:
+        """The model that is about to be trained or calibrated, and its SPFT adapter's name."""
+        refuse_unsupported_engine(self.trainer)
+        model = bare_model(self.trainer)
+        adapter_name = active_spft_adapter(model)
+        if _calibrates_by_class(model.peft_config[adapter_name]):
+            hide_classes(model)  # model_init may have made another model
+            if self._class_mistake and not is_selected(model, adapter_name):
+                raise self._class_mistake
+        return model, adapter_name
+
+    def _let_batches_carry_classes(self) -> None:
+        """Must be done before training, since `on_train_begin` comes after the data loader.
+
+        A mistake is told when training begins: evaluation needs no classes.
+        """
+        try:
+            adapter_name = active_spft_adapter(self.trainer.model)
+        except SpftError:
+            return  # on_train_begin says so
+        config = self.trainer.model.peft_config[adapter_name]
+        if _calibrates_by_class(config) and not is_selected(self.trainer.model, adapter_name):
+            hide_classes(self.trainer.model)
+            try:
+                add_class_column(self.trainer, config.class_field)
+            except SpftError as error:
+                self._class_mistake = error
 
     def _calibrate(self, model, adapter_name: str, config: SpftConfig) -> ImportanceScores:
         if not METRIC_CLASSES[config.importance].needs_data:
@@ -139,6 +179,10 @@ class SpftCallback(TrainerCallback):
         except SpftError as error:
             logger.warning("the report will lack the importance scores: %s", error)
             return None
+
+
+def _calibrates_by_class(config: SpftConfig) -> bool:
+    return config.importance == "quantile_mean" and not config.importance_file
 
 
 def active_spft_adapter(model) -> str:

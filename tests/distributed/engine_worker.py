@@ -20,7 +20,6 @@ from transformers import TrainingArguments
 
 from trainer_ext import ImportanceScores, SpftConfig, SpftTrainer
 from trainer_ext.distributed import ShardLayout, read_neurons
-from trainer_ext.importance.quantile_mean import CLASS_KEY
 from trainer_ext.trainer import IMPORTANCE_FILE
 from trainer_ext.trainer_batches import bare_model
 from trainer_ext.tuner.model import deltas, spft_layers
@@ -28,7 +27,7 @@ from trainer_ext.tuner.model import deltas, spft_layers
 GLOBAL_BATCH = 12
 ACCUMULATION = 2
 STEPS = 3
-METRICS = ("magnitude", "random", "wanda", "group_taylor", "taylor", "zo_taylor")
+METRICS = ("magnitude", "random", "wanda", "group_taylor", "taylor", "zo_taylor", "quantile_mean")
 CHECKPOINTED = ("taylor", "group_taylor")
 
 
@@ -41,13 +40,13 @@ def ragged_rows(count: int = 48) -> list[dict]:
         length = 4 + (i * 7) % 20
         row["attention_mask"][length:] = 0
         row["labels"][length:] = -100
-        row[CLASS_KEY] = torch.tensor(i % 3)
+        row["topic"] = i % 3
         rows.append(row)
     return rows
 
 
 def config_for(metric: str) -> SpftConfig:
-    more = {"class_field": CLASS_KEY} if metric == "quantile_mean" else {}
+    more = {"class_field": "topic"} if metric == "quantile_mean" else {}
     if metric == "taylor":
         more["accumulator_offload"] = True
     return SpftConfig(r=4, importance=metric, calibration_batches=2, zo_directions=2, **more)
@@ -76,7 +75,7 @@ def train(folder: Path, engine: str, metric: str, world: int) -> dict:
     )
     rows = ragged_rows()
     if metric != "quantile_mean":
-        rows = [{k: v for k, v in row.items() if k != CLASS_KEY} for row in rows]
+        rows = [{k: v for k, v in row.items() if k != "topic"} for row in rows]
     trainer = SpftTrainer(model, arguments, train_dataset=rows, spft_config=config_for(metric))
     trainer.train()
     check_engine(trainer, engine, world)

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from trainer_ext import measure_importance, select_by_scores
-from trainer_ext.importance.quantile_mean import CLASS_KEY
+from trainer_ext.class_column import CLASS_KEY
 from trainer_ext.tuner.model import deltas, spft_layers
 
 METRICS = ("magnitude", "random", "wanda", "group_taylor", "taylor", "zo_taylor", "quantile_mean")

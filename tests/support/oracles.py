@@ -80,26 +80,26 @@ def wanda(model, batches: list[dict]) -> dict[str, torch.Tensor]:
 def quantile_mean(model, batches: list[dict], classes: list[list[int]]) -> dict[str, torch.Tensor]:
     """Mean over quantiles 0, 0.1 ... 1 of the classes' |sum_j w_ij gbar^c_ij|.
 
-    gbar^c is the gradient of the mean loss over the targets of class c in all batches, each class
-    run by itself. The batches must have the same number of targets.
+    gbar^c is the mean over the batches of the gradient of the mean loss of class c in that batch,
+    weighted by the class's share of the batch's targets; each class is run by itself.
     """
     dense = weights(model)
     by_class: dict[str, list[torch.Tensor]] = {name: [] for name in dense}
     for number in sorted({c for rows in classes for c in rows}):
         sums = dict.fromkeys(dense, 0.0)
-        targets = 0
+        weight = 0.0
         for batch, row_classes in zip(batches, classes, strict=True):
             rows = [row for row, c in enumerate(row_classes) if c == number]
             if not rows:
                 continue
             part = {key: value[rows] for key, value in batch.items()}
-            count = int((part["labels"][:, 1:] != -100).sum())
+            share = _targets(part) / _targets(batch)
             for name, gradient in mean_gradients(model, [part]).items():
-                sums[name] = sums[name] + gradient.double() * count  # of the summed loss
-            targets += count
+                sums[name] = sums[name] + gradient.double() * share
+            weight += share
         for name, total in sums.items():
             if isinstance(total, torch.Tensor):
-                by_class[name].append((dense[name].double() * total / targets).sum(dim=1).abs())
+                by_class[name].append((dense[name].double() * total / weight).sum(dim=1).abs())
     return {
         name: torch.stack(
             [torch.quantile(torch.stack(scores), q / 10, dim=0) for q in range(11)]
@@ -107,3 +107,7 @@ def quantile_mean(model, batches: list[dict], classes: list[list[int]]) -> dict[
         for name, scores in by_class.items()
         if scores
     }
+
+
+def _targets(batch: dict) -> int:
+    return int((batch["labels"][:, 1:] != -100).sum())

@@ -24,7 +24,8 @@ def launch(worker: str, folder: Path, world: int, *arguments: str, timeout: int 
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(HERE), str(WORKERS), os.environ.get("PYTHONPATH", "")]),
+        # this checkout first, wherever an editable install may point
+        "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE, WORKERS))),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         # the sandbox's host name may not resolve

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny_models import batch
 
 from trainer_ext import measure_importance
-from trainer_ext.importance.quantile_mean import CLASS_KEY
+from trainer_ext.class_column import CLASS_KEY
 from trainer_ext.selection import top_neurons
 from trainer_ext.stability import (
     GOAL,

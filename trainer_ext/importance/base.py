@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
+from ..class_column import RowClasses
 from ..config import SpftConfig
 from ..tuner.layer import SpftLinear
 
@@ -32,10 +33,13 @@ class ImportanceMetric(ABC):
         layers: layer name -> layer.
         parts: in how many parts the sums are kept.
         batches: how many batches each part has taken in.
+        row_classes: holds the classes of the rows that the model is working on, where batches
+            carry them; put here by the calibration before the first batch.
     """
 
     needs_data: bool = True
     needs_gradients: bool = False
+    row_classes: RowClasses | None = None
 
     def __init__(
         self, layers: dict[str, SpftLinear], config: SpftConfig, model: nn.Module | None = None

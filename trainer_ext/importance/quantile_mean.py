@@ -14,12 +14,11 @@ from contextlib import contextmanager
 
 import torch
 
+from ..class_column import CLASS_KEY
 from ..distributed import sum_over_processes, world_size
 from ..errors import SpftError
 from .group_taylor import OutputProduct, OutputProductMetric, add_products
 
-# Key of a batch's int64 (B,) tensor of class numbers, from 0. The model never sees it.
-CLASS_KEY = "spft_class"
 _QUANTILES = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 
@@ -42,13 +41,15 @@ class QuantileMean(OutputProductMetric):
     @contextmanager
     def attached(self, names):
         with super().attached(names):
-            hook = self.model.register_forward_pre_hook(
-                self._rows.take_from_inputs, with_kwargs=True, prepend=True
-            )
+            hook = self.model.register_forward_pre_hook(self._note_rows, with_kwargs=True)
             try:
                 yield
             finally:
                 hook.remove()
+
+    def _note_rows(self, module, args, kwargs) -> None:
+        if torch.is_grad_enabled():  # a reference model's forward must not count
+            self._rows.note(self.row_classes.current, kwargs.get("labels"))
 
     def _observe(self, run_batch, part):
         def counting_anew(backward: bool) -> torch.Tensor:
@@ -110,10 +111,8 @@ class _Rows:
         self.classes: torch.Tensor | None = None
         self.targets = torch.zeros(0, dtype=torch.float64)
 
-    def take_from_inputs(self, module, args, kwargs):
-        classes = kwargs.pop(CLASS_KEY, None)
-        if not torch.is_grad_enabled():
-            return args, kwargs
+    def note(self, classes: torch.Tensor | None, labels: torch.Tensor | None) -> None:
+        """A forward with gradients begins."""
         if classes is None:
             raise SpftError(
                 f"`importance` quantile_mean needs the class of every row: a calibration batch has "
@@ -121,24 +120,17 @@ class _Rows:
                 f"numbers under {CLASS_KEY!r} into each batch"
             )
         self.classes = classes.cpu()
-        if int(self.classes.min()) < 0 or int(self.classes.max()) >= _MOST_CLASSES:
+        outside = self.classes[(self.classes < 0) | (self.classes >= _MOST_CLASSES)]
+        if len(outside):
             raise SpftError(
                 f"`class_field`: class numbers must lie in 0 to {_MOST_CLASSES - 1}, but there is "
-                f"{int(self.classes.max())}; group the classes into fewer"
+                f"{int(outside[0])}; group the classes into fewer"
             )
-        labels = kwargs.get("labels")
         counts = torch.ones(len(self.classes), dtype=torch.float64)
-        if isinstance(labels, torch.Tensor) and len(labels) != len(self.classes):
-            raise SpftError(
-                f"`importance` quantile_mean: a batch has {len(labels)} rows but "
-                f"{len(self.classes)} classes; a packed row holds several sequences, so switch "
-                "packing off"
-            )
         if isinstance(labels, torch.Tensor) and labels.dim() == 2:
             counts = (labels[:, 1:] != -100).sum(dim=1).double().cpu()
         self.targets = _padded(self.targets, int(self.classes.max()) + 1)
         self.targets.index_add_(0, self.classes, counts)
-        return args, kwargs
 
 
 class _SumOverTokensOfClasses(OutputProduct):

@@ -1,0 +1,60 @@
+"""The `spft` command; `spft calibrate` is `axolotl spft-calibrate` as well."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+import yaml
+
+from trainer_ext import SpftError
+
+from .calibrate import calibrate_yaml
+from .plugin import show_mistake
+
+
+@click.group()
+def main() -> None:
+    """Structured-pruning-based sparse fine-tuning."""
+
+
+@main.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+@click.argument("config", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="Safetensors file to write.")
+@click.pass_context
+def calibrate(ctx: click.Context, config: str, output: str) -> None:
+    """Write the importance scores of an Axolotl YAML without training.
+
+    A training run selects by them with spft_importance_file. Keys of the YAML can be replaced by
+    --key=value. Several processes: accelerate launch -m axolotl_spft.cli calibrate ...
+    """
+    try:
+        scores = calibrate_yaml(config, output, _overrides(ctx.args))
+    except SpftError as error:
+        show_mistake(error)
+        sys.exit(1)
+    if scores is not None:
+        click.echo(
+            f"axolotl-spft: {output} has the {scores.metric} scores of "
+            f"{sum(scores.out_features.values())} neurons in {len(scores.scores)} layers "
+            f"({scores.batches} batches)"
+        )
+
+
+def _overrides(arguments: list[str]) -> dict:
+    """Keys of the YAML and their values from `--key=value` or `--some-key=value`."""
+    overrides = {}
+    for argument in arguments:
+        name, separator, text = argument.partition("=")
+        if not name.startswith("--") or not separator:
+            raise SpftError(f"{argument} is not understood; replace keys by --key=value")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            value = text
+        overrides[name[2:].replace("-", "_")] = value
+    return overrides
+
+
+if __name__ == "__main__":
+    main()
