@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import random
@@ -20,6 +21,7 @@ from .distributed import release_gathered_weights
 from .errors import SpftError
 from .importance import METRIC_CLASSES
 from .importance.base import ImportanceMetric, RunBatch
+from .provenance import check_same_model, model_fingerprint, package_versions
 from .scores import ImportanceScores, check_same_layers
 from .selection import NeuronSelection, apply_selection, select_top
 from .stability import Stability, measure_stability
@@ -90,6 +92,11 @@ def measure_importance(
         stability=stability,
         diagnostics=metric.diagnostics() if count else {},
         warnings=_warnings(metric, stability, silent) if count else [],
+        metadata={
+            "model": model_fingerprint(model, layers),
+            "seed": str(config.seed),
+            "versions": json.dumps(package_versions()),
+        },
     )
 
 
@@ -137,9 +144,16 @@ def load_scores(
     """Read the scores of an earlier calibration for an adapter's layers.
 
     Raises:
-        SpftError: the file is missing, damaged, of another kind, or made for other layers.
+        SpftError: the file is missing, damaged, of another kind, or made for other layers or for
+            another model.
     """
     scores = ImportanceScores.load_for(path, layer_sizes(model, adapter_name))
+    if "model" in scores.metadata:
+        here = model_fingerprint(model, spft_layers(model, adapter_name))
+        try:
+            check_same_model(scores.metadata["model"], here)
+        except SpftError as error:
+            raise error.within(f"`importance_file` is {str(path)!r}") from None
     metric = adapter_config(model, adapter_name).importance
     if scores.metric != metric:
         logger.warning(

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import platform
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 
 from .distributed import whole_numel, world_size
 from .files import write_bytes
+from .provenance import package_versions
 from .report_page import render_page
 from .scores import ImportanceScores
 from .selection import NeuronSelection, current_selection
@@ -20,7 +19,6 @@ from .tuner.model import spft_layers
 
 REPORT_JSON = "spft_report.json"
 REPORT_PAGE = "spft_report.html"
-_PACKAGES = ("axolotl-spft", "torch", "transformers", "peft", "accelerate", "axolotl")
 
 
 @dataclass
@@ -70,7 +68,7 @@ def build_report(
     )
     parameter = next(model.parameters())
     return {
-        "versions": _versions(),
+        "versions": package_versions(),
         "device": _device_name(parameter.device),
         "base_dtype": str(parameter.dtype).removeprefix("torch."),
         "world_size": world_size(),
@@ -148,16 +146,6 @@ def _layer_figures(
 
 def _curve(log_history: list[dict], key: str) -> list[list[float]]:
     return [[entry["step"], entry[key]] for entry in log_history if key in entry]
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def _device_name(device: torch.device) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from peft import PeftModel, get_peft_model
@@ -19,9 +20,10 @@ from .distributed import refuse_unsupported_engine, release_gathered_weights
 from .errors import SpftError, in_plain_words
 from .importance import METRIC_CLASSES
 from .peft_type import add_peft_type
+from .provenance import DataFingerprint
 from .report import RunFigures, optimizer_state_bytes, write_report
 from .scores import ImportanceScores
-from .trainer_batches import bare_model, first_batches, untouched
+from .trainer_batches import bare_model, first_batches, may_be_one_shot, untouched
 from .tuner.model import default_task_type, is_selected
 
 logger = logging.getLogger(__name__)
@@ -61,6 +63,7 @@ class SpftCallback(TrainerCallback):
         config = model.peft_config[adapter_name]
         if config.importance_file:
             self.scores = load_scores(config.importance_file, model, adapter_name)
+            self._warn_of_other_data(config)
         else:
             self.scores = self.calibrate()
         selection = select_by_scores(model, self.scores, adapter_name)
@@ -140,18 +143,20 @@ class SpftCallback(TrainerCallback):
         if not METRIC_CLASSES[config.importance].needs_data:
             return measure_importance(model, (), adapter_name)
         trainer, count = self.trainer, config.calibration_batches
-        if trainer.accelerator.mixed_precision == "fp16":
+        by_gradients = METRIC_CLASSES[config.importance].needs_gradients
+        if by_gradients and trainer.accelerator.mixed_precision == "fp16":
             raise SpftError(
                 f"fp16 with `importance` {config.importance!r}: fp16 gradients underflow without "
                 "loss scaling, which calibration has not; use bf16, or `importance`: magnitude"
             )
+        data = DataFingerprint()
         bar = tqdm(
             total=count,
             desc=f"SPFT calibration ({config.importance})",
             disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
         )
         with bar, untouched(trainer):
-            batches = first_batches(trainer, count)
+            batches = data.noting(first_batches(trainer, count))
             scores = measure_importance(model, batches, adapter_name, on_batch=bar.update)
         release_gathered_weights(model, engine=trainer.model_wrapped)
         if scores.batches < count:
@@ -163,7 +168,23 @@ class SpftCallback(TrainerCallback):
             )
         for warning in scores.warnings:
             logger.warning("%s", self.words(warning))
-        return scores
+        return replace(scores, metadata={**scores.metadata, "data": data.value()})
+
+    def _warn_of_other_data(self, config: SpftConfig) -> None:
+        """Say so if the scores were made on other batches than calibrating now would see."""
+        made_on = self.scores.metadata.get("data")
+        if made_on is None or may_be_one_shot(self.trainer.train_dataset):
+            return  # looking at such a stream would take batches away from training
+        data = DataFingerprint()
+        with untouched(self.trainer):
+            for _ in data.noting(first_batches(self.trainer, self.scores.batches)):
+                pass
+        if data.value() != made_on:
+            logger.warning(
+                "importance_file %s was made on other data than the first %d batches of this run",
+                config.importance_file,
+                self.scores.batches,
+            )
 
     def words(self, message: str) -> str:
         """A message that has fields of SpftConfig in backticks, as the front end names them."""

@@ -11,12 +11,11 @@ import torch
 from torch.utils.data import IterableDataset
 
 from .errors import SpftError
-from .importance.base import RunBatch
 
 _SCALARS = (int, float, complex, str, bytes, bool, type(None))
 
 
-def first_batches(trainer, count: int) -> Iterator[RunBatch]:
+def first_batches(trainer, count: int) -> Iterator[OptimizerStepBatch]:
     """The data of the trainer's first optimizer steps as calibration batches.
 
     They are what training will see: same data loader, order, collator and accumulation. Call
@@ -32,7 +31,7 @@ def first_batches(trainer, count: int) -> Iterator[RunBatch]:
     if hasattr(loader, "set_epoch"):
         loader.set_epoch(int(trainer.state.epoch or 0))
     iterator = iter(loader)
-    if _may_be_one_shot(trainer.train_dataset):
+    if may_be_one_shot(trainer.train_dataset):
         first = next(iterator, None)
         iterator = iter(loader)
         again = next(iterator, None)
@@ -50,7 +49,7 @@ def first_batches(trainer, count: int) -> Iterator[RunBatch]:
         )
         if not micro_batches:
             return
-        yield _run_optimizer_step(trainer, micro_batches, num_items)
+        yield OptimizerStepBatch(trainer, micro_batches, num_items)
 
 
 def bare_model(trainer):
@@ -58,13 +57,23 @@ def bare_model(trainer):
     return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)
 
 
-def _run_optimizer_step(trainer, micro_batches: list, num_items) -> RunBatch:
-    model = bare_model(trainer)  # an engine's wrapper would start its gradient machinery
+class OptimizerStepBatch:
+    """The data of one optimizer step on this process; a `RunBatch` by the trainer's own loss.
 
-    def run_batch(backward: bool) -> torch.Tensor:
-        total = 0.0
-        trainer.current_gradient_accumulation_steps = len(micro_batches)
-        for micro_batch in micro_batches:
+    Attributes:
+        micro_batches: one for each accumulation step, as the data loader gave them.
+    """
+
+    def __init__(self, trainer, micro_batches: list, num_items) -> None:
+        self.micro_batches = micro_batches
+        self._trainer, self._num_items = trainer, num_items
+
+    def __call__(self, backward: bool) -> torch.Tensor:
+        trainer, num_items = self._trainer, self._num_items
+        model = bare_model(trainer)  # an engine's wrapper would start its gradient machinery
+        trainer.current_gradient_accumulation_steps = len(self.micro_batches)
+        total = torch.zeros((), device=trainer.args.device)
+        for micro_batch in self.micro_batches:
             # compute_loss may take entries out of its inputs, and the batch may be run again.
             inputs = trainer._prepare_inputs(
                 dict(micro_batch) if isinstance(micro_batch, Mapping) else micro_batch
@@ -75,16 +84,15 @@ def _run_optimizer_step(trainer, micro_batches: list, num_items) -> RunBatch:
             if (
                 not trainer.model_accepts_loss_kwargs or num_items is None
             ) and trainer.compute_loss_func is None:
-                loss = loss / len(micro_batches)
+                loss = loss / len(self.micro_batches)
             if backward:
                 loss.backward()
             total = total + loss.detach()
         return total
 
-    return run_batch
 
-
-def _may_be_one_shot(dataset) -> bool:
+def may_be_one_shot(dataset) -> bool:
+    """Whether a dataset may be a stream that does not start over when it is iterated again."""
     if not isinstance(dataset, IterableDataset):
         return False
     # Hugging Face's iterable datasets start over by contract, and filling their shuffle buffers

@@ -61,6 +61,9 @@ CASES = {
     "accumulated": {"gradient_accumulation_steps": 2, "micro_batch_size": 2},
     "packed": {"sample_packing": True, "micro_batch_size": 1},
     "noise": {"neftune_noise_alpha": 5, "overrides_of_model_config": {"attention_dropout": 0.2}},
+    "taylor": {"spft_importance": "taylor", "spft_accumulator_offload": True},
+    "zo_taylor": {"spft_importance": "zo_taylor", "spft_zo_directions": 2},
+    "wanda": {"spft_importance": "wanda", "gradient_checkpointing": True},
     "magnitude": {"spft_importance": "magnitude"},
     "random": {"spft_importance": "random", "spft_seed": 3},
 }

@@ -69,7 +69,7 @@ def test_two_classes_with_the_same_rows_are_group_taylor():
         (with_classes(BATCHES, [[-1] * 4] * 3), "class numbers must lie in 0 to 9999"),
         (
             with_classes([packed_batch(seed, (7, 5, 9)) for seed in range(3)], [[0, 1]] * 3),
-            "a batch has 1 rows but 2 classes; a packed row holds several sequences",
+            "a calibration batch has 1 rows but 2 classes",
         ),
     ],
 )
