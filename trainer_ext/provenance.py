@@ -18,7 +18,7 @@ from .errors import SpftError
 
 _PACKAGES = ("axolotl-spft", "torch", "transformers", "peft", "accelerate", "axolotl")
 _SAMPLES = 16  # weights of each layer that the fingerprint holds
-_EMBEDDING_ROWS = 512  # of which it takes them, since vocabularies are padded and extended
+_EMBEDDING_ROWS = 256  # of which it takes them, since vocabularies are padded and extended
 # bf16 has 8 significant bits; fp16 has no normal numbers below 2^-14.
 _RELATIVE, _ABSOLUTE = 2.0**-7, 2.0**-13
 _LIMBS, _LIMB_BITS = 3, 20  # a sum of 60-bit numbers that fp64 reductions keep exact

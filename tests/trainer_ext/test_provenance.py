@@ -1,6 +1,7 @@
 """Fingerprints: a model's is the same for every dtype it is loaded in and differs for other
 weights; data's is the same for the same rows in any order, padding and grouping, and differs for
-other rows. A scores file of another model is refused with what differs; other data or another metric warn."""
+other rows. A scores file of another model is refused with what differs; other data or another
+metric only warn."""
 
 from __future__ import annotations
 
