@@ -216,19 +216,24 @@ def spft_config(cfg, model) -> SpftConfig:
     return config
 
 
+def yaml_names(cfg) -> dict[str, str]:
+    """Fields of SpftConfig -> the YAML's keys that set them."""
+    names = _YAML_NAMES | {"layers_to_transform": "peft_layers_to_transform"}
+    names |= {"layers_pattern": "peft_layers_pattern"}
+    if cfg.lora_target_modules and not cfg.spft_target_modules:
+        names["target_modules"] = "lora_target_modules"
+    if cfg.lora_r and cfg.spft_r is None and cfg.spft_density is None:
+        names["r"] = "spft_r (2 x lora_r)"
+    return names
+
+
 @contextmanager
 def in_yaml_words(cfg):
     """Let messages of trainer_ext, which name fields of SpftConfig, name the YAML's keys."""
     try:
         yield
     except SpftError as error:
-        names = _YAML_NAMES | {"layers_to_transform": "peft_layers_to_transform"}
-        names |= {"layers_pattern": "peft_layers_pattern"}
-        if cfg.lora_target_modules and not cfg.spft_target_modules:
-            names["target_modules"] = "lora_target_modules"
-        if cfg.lora_r and cfg.spft_r is None and cfg.spft_density is None:
-            names["r"] = "spft_r (2 x lora_r)"
-        raise error.renamed(names) from None
+        raise error.renamed(yaml_names(cfg)) from None
 
 
 def _plain(value) -> list[str] | str:

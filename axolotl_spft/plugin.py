@@ -11,9 +11,10 @@ from peft import PeftModel, get_peft_model
 from tqdm import tqdm
 
 from trainer_ext import SpftCallback, SpftError
+from trainer_ext.errors import in_plain_words
 from trainer_ext.tuner.model import default_task_type
 
-from .args import in_yaml_words, read_args, spft_config, warn_of_unused_lora_keys
+from .args import in_yaml_words, read_args, spft_config, warn_of_unused_lora_keys, yaml_names
 from .checks import check_classes, refuse_unsupported
 from .class_column import calibrates_by_class, load_with_class_column
 from .saved import check_continued_adapter, check_resumed_adapter
@@ -38,6 +39,9 @@ class SPFTCallback(SpftCallback):
     def on_train_begin(self, *args, **kwargs) -> None:
         with in_yaml_words(self._cfg):
             super().on_train_begin(*args, **kwargs)
+
+    def words(self, message: str) -> str:
+        return in_plain_words(message, yaml_names(self._cfg))
 
 
 class SPFTPlugin(BasePlugin):

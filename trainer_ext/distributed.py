@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 from .errors import SpftError
+
+logger = logging.getLogger(__name__)
 
 BLOCK_ROWS = 64  # rows of a stored weight that are worked on together
 _BLOCK_ELEMENTS = 2**17
@@ -270,7 +273,7 @@ def release_gathered_weights(model: torch.nn.Module, engine: object = None) -> N
 
 
 def refuse_unsupported_engine(trainer) -> None:
-    """Refuse engines that SPFT cannot train under.
+    """Refuse engines that SPFT cannot train under, and warn of what is not tested under others.
 
     Raises:
         SpftError: names the engine.
@@ -284,3 +287,10 @@ def refuse_unsupported_engine(trainer) -> None:
         trainer.accelerator, "is_fsdp2", False
     ):
         raise SpftError("SPFT does not train under FSDP1; set fsdp_version: 2")
+    for name in ("DeepSpeed", "FSDP"):
+        if getattr(trainer, f"is_{name.lower()}_enabled", False):
+            logger.warning(
+                "SPFT under %s: calibration and training steps are tested, saving and resuming are "
+                "not yet; check the first checkpoint before a long run",
+                name,
+            )

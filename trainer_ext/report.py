@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from .distributed import whole_numel, world_size
+from .errors import in_plain_words
 from .files import write_bytes
 from .provenance import package_versions
 from .report_page import render_page
@@ -116,6 +117,10 @@ def _calibration_figures(scores: ImportanceScores | None) -> dict | None:
         "batches": scores.batches,
         "seconds": scores.seconds,
         "silent_layers": scores.silent_layers,
+        "agreement_of_halves": None if scores.stability is None else scores.stability.agreement,
+        "batches_wanted": None if scores.stability is None else scores.stability.batches_wanted,
+        "diagnostics": scores.diagnostics,
+        "warnings": [in_plain_words(warning) for warning in scores.warnings],
     }
 
 
@@ -130,6 +135,9 @@ def _layer_figures(
             "inputs": layer.in_features,
             "selected": index.tolist(),
         }
+        if scores is not None and scores.stability is not None:
+            figures[name]["overlap_of_halves"] = scores.stability.overlap[name]
+            figures[name]["overlap_by_chance"] = scores.stability.chance[name]
         if scores is not None:
             layer_scores = scores.scores[name]
             chosen = layer_scores[index]

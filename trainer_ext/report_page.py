@@ -67,8 +67,15 @@ def _summary(report: dict) -> str:
         f"{report['world_size']} process(es)",
         "versions": ", ".join(f"{k} {v}" for k, v in report["versions"].items()),
     }
+    if calibration.get("agreement_of_halves") is not None:
+        rows["two halves of the data"] = (
+            f"agree by {calibration['agreement_of_halves']:.2f} beyond chance (median of the "
+            "layers; 1: the same neurons, 0: as two random selections)"
+        )
     if calibration.get("silent_layers"):
         rows["layers without a gradient"] = ", ".join(calibration["silent_layers"])
+    for number, warning in enumerate(calibration.get("warnings", ()), start=1):
+        rows[f"warning {number}"] = warning
     cells = "".join(f"<tr><th>{k}</th><td>{html.escape(v)}</td></tr>" for k, v in rows.items())
     return f"<table>{cells}</table>"
 
@@ -80,10 +87,15 @@ def _seconds(value: float | None) -> str:
 def _grid(report: dict, picture) -> str:
     figures = "".join(
         f"<figure>{picture(name, layer)}<figcaption>{html.escape(name)}<br>"
-        f"{len(layer['selected'])} of {layer['neurons']}</figcaption></figure>"
+        f"{len(layer['selected'])} of {layer['neurons']}{_overlap(layer)}</figcaption></figure>"
         for name, layer in report["layers"].items()
     )
     return f"<div class='grid'>{figures}</div>"
+
+
+def _overlap(layer: dict) -> str:
+    overlap = layer.get("overlap_of_halves")
+    return "" if overlap is None else f"; halves share {overlap:.0%}"
 
 
 def _score_curve(layer_scores: torch.Tensor, layer: dict, width=160, height=60) -> str:

@@ -1,7 +1,7 @@
 """One process that calibrates without a trainer: under FSDP2's fully_shard, or replicated with a
 layer that runs on some processes only.
 
-    shards_worker.py FOLDER fsdp2|unused
+    shards_worker.py FOLDER fsdp2|unused|memory
 """
 
 from __future__ import annotations
@@ -10,15 +10,18 @@ import os
 import sys
 from pathlib import Path
 
+import calibrations
 import torch
 import torch.distributed as dist
 from adapters import wrapped
+from memory import StorageTracker
 from oracles import weights
-from tiny_models import batch, tiny_model
+from peft import get_peft_model
+from tiny_models import batch, few_tokens, tiny_model, wide_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from trainer_ext import measure_importance, select_by_scores
+from trainer_ext import SpftConfig, measure_importance, select_by_scores
 from trainer_ext.class_column import CLASS_KEY
 from trainer_ext.tuner.model import deltas, spft_layers
 
@@ -136,13 +139,36 @@ def with_an_unused_layer(world: int, rank: int) -> dict:
     return results
 
 
+def bytes_of_taylor(world: int, rank: int) -> dict:
+    """Peak tensor bytes of a calibration, transients included, and the layers' sizes."""
+
+    def peak(importance: str, stability: bool) -> int:
+        config = SpftConfig(r=4, importance=importance, stability=stability)
+        model = get_peft_model(wide_model(), config)
+        with StorageTracker() as tracker:
+            measure_importance(model, calibrations.runs(model, few_tokens()))
+        return tracker.peak_bytes
+
+    layers = spft_layers(get_peft_model(wide_model(), SpftConfig(r=4))).values()
+    return {
+        "sizes": [layer.in_features * layer.out_features for layer in layers],
+        "extra": {
+            halves: peak("taylor", halves == 2) - peak("group_taylor", halves == 2)
+            for halves in (1, 2)
+        },
+    }
+
+
+MODES = {"fsdp2": under_fsdp2, "unused": with_an_unused_layer, "memory": bytes_of_taylor}
+
+
 def main(folder: Path, what: str) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
     if world > 1:
         dist.init_process_group("gloo")
         assert dist.get_world_size() == world
-    results = (under_fsdp2 if what == "fsdp2" else with_an_unused_layer)(world, rank)
+    results = MODES[what](world, rank)
     torch.save(results, folder / f"rank{rank}.pt")
     if world > 1:
         dist.barrier()

@@ -58,3 +58,14 @@ def test_a_layer_that_runs_on_one_process_only(unused, metric):
             expected = unused[0]["expected"][metric][name]
             assert (scores - expected).abs().max() <= 1e-5 * expected.max(), name
             assert torch.equal(scores, unused[0][metric]["scores"][name])
+
+
+def test_accumulators_take_a_share_of_the_weights_on_each_process(tmp_path):
+    """At most 4 bytes a targeted weight over the number of processes, and padding; twice that while
+    halves are compared. Beside them one layer's gradient, transients included."""
+    world = 2
+    for rank in launch("shards_worker.py", tmp_path, world, "memory"):
+        blocks = [-(-size // world) for size in rank["sizes"]]
+        for halves, extra in rank["extra"].items():
+            accumulators = 4 * halves * sum(blocks)
+            assert 0.9 * accumulators <= extra <= accumulators + 4 * world * max(blocks)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 WORKERS = HERE.parent / "distributed"
 
 
@@ -25,7 +26,7 @@ def launch(worker: str, folder: Path, world: int, *arguments: str, timeout: int 
     environment = {
         **os.environ,
         # this checkout first, wherever an editable install may point
-        "PYTHONPATH": os.pathsep.join(map(str, (HERE.parents[1], HERE, WORKERS))),
+        "PYTHONPATH": os.pathsep.join(map(str, (ROOT, HERE, WORKERS, ROOT / "benchmarks"))),
         "OMP_NUM_THREADS": "1",
         "ACCELERATE_USE_CPU": "true",
         # the sandbox's host name may not resolve

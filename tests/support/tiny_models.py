@@ -9,6 +9,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -64,6 +65,25 @@ def tiny_model(architecture: str = "llama", seed: int = 0, dtype=torch.float32):
             if name.endswith("bias"):
                 parameter.normal_(std=0.5)
     return model
+
+
+def wide_model() -> LlamaForCausalLM:
+    """Weights that are large beside the activations of `few_tokens`, for counting bytes."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=384,
+            intermediate_size=1024,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+        )
+    )
+
+
+def few_tokens() -> list[dict[str, torch.Tensor]]:
+    """Two batches of two rows of three tokens."""
+    tokens = torch.arange(6).view(2, 3)
+    return [{"input_ids": tokens, "labels": tokens}] * 2
 
 
 def batch(

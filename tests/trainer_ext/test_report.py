@@ -54,6 +54,22 @@ def test_parameters_and_bytes_are_those_of_the_model(run):
     assert report["optimizer_state_bytes"] == 8 * report["trainable_parameters"] + 4 * tensors
 
 
+def test_the_agreement_of_halves_is_that_of_the_scores(run):
+    _, folder, report = run
+    stability = ImportanceScores.load(folder / "spft_importance.safetensors").stability
+    assert report["calibration"]["agreement_of_halves"] == stability.agreement
+    for name, layer in report["layers"].items():
+        assert layer["overlap_of_halves"] == stability.overlap[name]
+        assert layer["overlap_by_chance"] == pytest.approx(4 / layer["neurons"])
+    page = (folder / "spft_report.html").read_text()
+    assert f"agree by {stability.agreement:.2f} beyond chance" in page
+    assert page.count("halves share") == 2 * len(report["layers"])  # under both pictures
+    warnings = report["calibration"]["warnings"]  # two batches of a random model: surely poor
+    assert "two halves of 2 batches agree by" in warnings[0]
+    assert "`" not in warnings[0]
+    assert warnings[0] in page
+
+
 def test_curves_are_the_trainers_log(run):
     trainer, _, report = run
     log = trainer.state.log_history

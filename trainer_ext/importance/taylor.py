@@ -65,8 +65,8 @@ class Taylor(ImportanceMetric):
             groups[-1].append(name)
             used += size
         if len(groups) > 1:
-            logger.info(
-                "SPFT runs the calibration batches %d times, for %d layers at most at a time: "
+            logger.warning(
+                "SPFT runs the calibration batches %d times, for at most %d layers at a time, as "
                 "accumulator_memory is %s GiB",
                 len(groups),
                 max(map(len, groups)),

@@ -5,8 +5,6 @@ result does not depend on where or in how many passes they are kept."""
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
 from adapters import wrapped
@@ -14,8 +12,7 @@ from calibrations import assert_close_to_oracle, measured, runs
 from memory import StorageTracker
 from oracles import taylor
 from peft import get_peft_model
-from tiny_models import CONFIGS, batch, packed_batch, tiny_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tiny_models import CONFIGS, batch, few_tokens, packed_batch, tiny_model, wide_model
 
 from trainer_ext import SpftConfig, SpftError, measure_importance
 from trainer_ext.tuner.model import spft_layers
@@ -69,8 +66,7 @@ def test_several_passes_give_the_same_bits_and_are_announced(caplog):
     layers = spft_layers(model_for_taylor())
     largest = max(layer.in_features * layer.out_features for layer in layers.values())
     limit = 2 * 4 * 3 * largest / 2**30  # two halves of about three of the fourteen layers
-    with caplog.at_level(logging.INFO, logger="trainer_ext"):
-        several = measured(model_for_taylor(accumulator_memory=limit), BATCHES["plain"])
+    several = measured(model_for_taylor(accumulator_memory=limit), BATCHES["plain"])
     assert "runs the calibration batches 4 times" in caplog.text
     once = measured(model_for_taylor(), BATCHES["plain"])
     assert all(torch.equal(several[name], once[name]) for name in once)
@@ -86,21 +82,13 @@ def test_memory_is_the_accumulators_and_one_layer(stability, halves):
     """Bytes of all tensors that operators make, transients included, above those of group_taylor on
     the same batches. Few tokens, so that the layers' kept inputs (training keeps them as well) are
     small beside a weight."""
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-    )
-    tokens = torch.arange(6).view(2, 3)
-    inputs = [{"input_ids": tokens, "labels": tokens}] * 2
 
     def peak(importance):
-        settings = SpftConfig(r=4, importance=importance, stability=stability)
-        model = get_peft_model(LlamaForCausalLM(config), settings)
+        model = get_peft_model(
+            wide_model(), SpftConfig(r=4, importance=importance, stability=stability)
+        )
         with StorageTracker() as tracker:
-            measured(model, inputs)
+            measured(model, few_tokens())
         layers = spft_layers(model).values()
         return tracker.peak_bytes, [layer.in_features * layer.out_features for layer in layers]
 
