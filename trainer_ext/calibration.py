@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import random
-import re
 import time
 from collections.abc import Callable, Iterable
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import nn
 
+from .calibration_mode import calibration_mode
 from .class_column import RowClasses, hide_classes
 from .config import SpftConfig
 from .distributed import release_gathered_weights
@@ -28,10 +25,6 @@ from .stability import Stability, measure_stability
 from .tuner.model import adapter_config, layer_sizes, spft_layers
 
 logger = logging.getLogger(__name__)
-
-# Attributes that make a forward in train mode random: every kind of dropout, NEFTune's noise,
-# the jitter of routers.
-_RANDOM_FORWARD = re.compile(r"drop|neftune_noise_alpha|jitter_noise")
 
 
 def measure_importance(
@@ -202,96 +195,3 @@ def select_neurons(
     else:
         scores = measure_importance(model, (run(b) for b in batches), adapter_name)
     return select_by_scores(model, scores, adapter_name)
-
-
-@contextmanager
-def calibration_mode(model: nn.Module, layers: dict, gradients: bool = True):
-    """Train mode without randomness and without trainable parameters, undone on exit.
-
-    Train mode because activation checkpointing is off in eval mode. Without `gradients` nothing
-    requires a gradient, so forwards keep no activations; checkpointing, whose reentrant form runs
-    without grad mode as a reference model does, is off then. What the loss itself flips
-    (DPO's reference forward switches requires_grad back on) is restored too.
-    """
-    modules = list(model.modules())
-    training = [module.training for module in modules]
-    requires_grad = [(p, p.requires_grad) for p in model.parameters()]
-    random_state = _random_state()
-    silenced: list[tuple[object, str, float | bool]] = []
-    embedding_hook = None
-    try:
-        _silence(modules, silenced)
-        if gradients:
-            embedding_hook = _require_input_grads(model)
-        else:
-            _stop_checkpointing(modules, silenced)
-        model.train()
-        for module in modules:
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()  # its running statistics are part of the model
-        for parameter, _ in requires_grad:
-            parameter.requires_grad_(False)
-        for layer in layers.values():
-            layer.calibrating = True
-        yield
-    finally:
-        for layer in layers.values():
-            layer.calibrating = False
-        if embedding_hook is not None:
-            embedding_hook.remove()
-        for owner, name, value in silenced:
-            setattr(owner, name, value)
-        for parameter, flag in requires_grad:
-            parameter.requires_grad_(flag)
-        for module, mode in zip(modules, training, strict=True):
-            module.training = mode
-        _restore_random_state(random_state)
-
-
-def _silence(modules: list[nn.Module], silenced: list[tuple[object, str, float]]) -> None:
-    """Set everything that makes a forward random to zero; notes what to set back in `silenced`."""
-    configs = {id(c): c for m in modules if hasattr(c := getattr(m, "config", None), "__dict__")}
-    for owner in [*modules, *configs.values()]:
-        names = [n for n in vars(owner) if _RANDOM_FORWARD.search(n)]
-        if isinstance(owner, nn.modules.dropout._DropoutNd):
-            names.append("p")
-        for name in names:
-            value = getattr(owner, name)
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and value:
-                silenced.append((owner, name, value))
-                setattr(owner, name, 0.0)
-
-
-def _stop_checkpointing(modules: list[nn.Module], stopped: list) -> None:
-    for module in modules:
-        if getattr(module, "gradient_checkpointing", False) is True:
-            stopped.append((module, "gradient_checkpointing", True))
-            module.gradient_checkpointing = False
-
-
-def _require_input_grads(model: nn.Module):
-    """Let the embeddings' output require a gradient: reentrant checkpointing drops the graph of
-    blocks whose input does not."""
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if embeddings is None:
-        return None
-
-    def hook(module, inputs, output):
-        if torch.is_grad_enabled() and output.is_floating_point() and output.is_leaf:
-            output.requires_grad_(True)
-
-    return embeddings.register_forward_hook(hook)
-
-
-def _random_state() -> tuple:
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    return random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda
-
-
-def _restore_random_state(state: tuple) -> None:
-    python, numpy, cpu, cuda = state
-    random.setstate(python)
-    np.random.set_state(numpy)
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state_all(cuda)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import IterableDataset
 
+from .calibration_mode import random_state_kept
 from .errors import SpftError
 
 _SCALARS = (int, float, complex, str, bytes, bool, type(None))
@@ -112,7 +113,8 @@ def _same_batch(a, b) -> bool:
 
 @contextmanager
 def untouched(trainer):
-    """Put the trainer's own bookkeeping back on exit: metrics, state, data loader references.
+    """Put the trainer's own bookkeeping back on exit: metrics, state, data loader references; and
+    the random states, from which loaders draw.
 
     Trainers count tokens, collect rewards and log entropies inside their loss. Whatever plain data
     they keep in themselves or in their state is restored, in place, to what it was.
@@ -133,7 +135,8 @@ def untouched(trainer):
     references = list(gradient_state.dataloader_references)
     sync_gradients = gradient_state.sync_gradients
     try:
-        yield
+        with random_state_kept():
+            yield
     finally:
         for state in kept:
             state.restore()

@@ -216,9 +216,11 @@ def test_the_model_never_sees_the_classes(assets, tmp_path, rows):
 def test_evaluation_is_what_it_is_without_classes(assets, tmp_path, rows, split):
     keys = with_evaluation(assets) if split == "other data" else {"val_set_size": 8}
     keys |= {"eval_strategy": "steps", "eval_steps": 1, "include_tkps": True}
-    plain = train(_yaml(assets, rows, tmp_path, spft_importance=None, **keys), tmp_path / "plain")
+    run = train(_yaml(assets, rows, tmp_path, **keys), tmp_path / "run")
+    keys |= {"spft_importance": None, "spft_class_field": None}  # the same neurons, no classes
+    keys["spft_importance_file"] = str(run.out / "spft_importance.safetensors")
     with own_process_state():
-        run = train(_yaml(assets, rows, tmp_path, **keys), tmp_path / "run")
+        plain = train(_yaml(assets, rows, tmp_path, **keys), tmp_path / "plain")
     assert len(run.eval_losses) == 3  # before the first step as well
     assert run.eval_losses == plain.eval_losses
     assert run.losses == plain.losses

@@ -10,7 +10,7 @@ from oracles import group_taylor
 from tiny_models import batch, tiny_model
 
 from trainer_ext import measure_importance, select_neurons
-from trainer_ext.calibration import calibration_mode
+from trainer_ext.calibration_mode import calibration_mode
 from trainer_ext.selection import top_neurons
 from trainer_ext.tuner.model import deltas, spft_layers
 

@@ -15,7 +15,7 @@ OPTIONAL = ("axolotl", "deepspeed", "trl", "bitsandbytes", "datasets")
 # Lower layers first: a module may import from its own layer and from those before it.
 LAYERS = [
     {"errors", "peft_type", "files", "distributed", "stability", "class_column"},
-    {"config_checks", "scores", "provenance"},
+    {"config_checks", "scores", "provenance", "calibration_mode"},
     {"config", "allocation"},
     {"tuner"},
     {"importance", "selection"},

@@ -13,7 +13,7 @@ from oracles import weights
 from tiny_models import CONFIGS, batch, tiny_model
 
 from trainer_ext import measure_importance
-from trainer_ext.calibration import calibration_mode
+from trainer_ext.calibration_mode import calibration_mode
 from trainer_ext.distributed import BLOCK_ROWS
 from trainer_ext.importance.noise import weight_noise
 from trainer_ext.importance.zo_taylor import NOISY_RANKING, ZoTaylor
