@@ -36,7 +36,7 @@ from peft import get_peft_model
 from workload import Workload
 
 from trainer_ext import SpftConfig, SpftError
-from trainer_ext.calibration import calibration_mode
+from trainer_ext.calibration_mode import calibration_mode
 from trainer_ext.class_column import CLASS_KEY, RowClasses
 from trainer_ext.distributed import BLOCK_ROWS
 from trainer_ext.importance import METRIC_CLASSES
