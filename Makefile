@@ -8,7 +8,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test lint format benchmark clean
+.PHONY: install quickstart test lint format benchmark benchmark-calibration clean
 
 # The stamp is written last: an interrupted install is not taken for a finished one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,6 +38,9 @@ test: lint
 
 benchmark: install
 	$(BIN)/python benchmarks/step.py
+
+benchmark-calibration: install
+	$(BIN)/python benchmarks/calibration.py
 
 clean:
 	rm -rf $(VENV) quickstart/cache quickstart/output quickstart/result.json

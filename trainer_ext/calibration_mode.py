@@ -31,9 +31,8 @@ def calibration_mode(model: nn.Module, layers: dict, gradients: bool = True):
     embedding_hook = None
     try:
         _silence(modules, silenced)
-        if gradients:
-            embedding_hook = _require_input_grads(model)
-        else:
+        embedding_hook = _set_input_grads(model, gradients)
+        if not gradients:
             _stop_checkpointing(modules, silenced)
         model.train()
         for module in modules:
@@ -79,16 +78,19 @@ def _stop_checkpointing(modules: list[nn.Module], stopped: list) -> None:
             module.gradient_checkpointing = False
 
 
-def _require_input_grads(model: nn.Module):
-    """Let the embeddings' output require a gradient: reentrant checkpointing drops the graph of
-    blocks whose input does not."""
+def _set_input_grads(model: nn.Module, required: bool):
+    """Let the embeddings' output require a gradient or not.
+
+    Reentrant checkpointing drops the graph of blocks whose input requires none. Models prepared for
+    checkpointing have a hook that requires one, so that forwards would keep all activations.
+    """
     embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embeddings is None:
         return None
 
     def hook(module, inputs, output):
         if torch.is_grad_enabled() and output.is_floating_point() and output.is_leaf:
-            output.requires_grad_(True)
+            output.requires_grad_(required)
 
     return embeddings.register_forward_hook(hook)
 

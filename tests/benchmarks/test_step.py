@@ -23,8 +23,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import measuring
 import pytest
 import torch
+import workload
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -54,13 +56,13 @@ def step(memory):
 @pytest.fixture(params=["fp32", "bf16", "fp32-checkpointing"])
 def work(step, request):
     dtype, _, checkpointing = request.param.partition("-")
-    return make_workload(step, dtype=step.DTYPES[dtype], checkpointing=bool(checkpointing))
+    return make_workload(step, dtype=workload.DTYPES[dtype], checkpointing=bool(checkpointing))
 
 
 def make_workload(step, **changes):
     options = {"dtype": torch.float32, "seq_len": 16, "batch_size": 2, "checkpointing": False}
-    options |= {"device": torch.device("cpu"), "size": step.SIZES["tiny"], "r": 8}
-    return step.Workload(**options | changes)
+    options |= {"device": torch.device("cpu"), "size": workload.SIZES["tiny"], "r": 8}
+    return workload.Workload(**options | changes)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ def test_the_run_writes_the_table_it_prints_and_the_figures(run, step):
     assert report["options"]["seq_len"] == 16
     assert report["machine"]["cpu"]
     assert report["machine"]["threads"] >= 1
-    assert set(report["versions"]) == {"python", *step.PACKAGES}
+    assert set(report["versions"]) == {"python", *measuring.PACKAGES}
     assert report["versions"]["torch"] == torch.__version__
     assert report["date"].startswith("20")
     rows = [line for line in output.splitlines() if line.startswith("|")][2:]
@@ -116,7 +118,7 @@ def test_the_figures_of_every_method_fit_together(run, step):
 
 @pytest.mark.parametrize("size", ["135m", "1b", "8b"])
 def test_the_named_sizes_are_those_models_and_train_five_percent(step, size):
-    work = make_workload(step, size=step.SIZES[size], device=torch.device("meta"))
+    work = make_workload(step, size=workload.SIZES[size], device=torch.device("meta"))
     model = work.base_model()
     total = sum(p.numel() for p in model.parameters())
     assert total == {"135m": 134515008, "1b": 1235814400, "8b": 8030261248}[size]
@@ -180,7 +182,7 @@ def test_the_floor_runs_backward_to_the_embeddings_and_trains_nothing(step, work
 def test_rounds_are_interleaved_and_rotated(step):
     calls = []
     steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
-    seconds = step.time_rounds(steps, 4, torch.device("cpu"))
+    seconds = measuring.time_rounds(steps, 4, torch.device("cpu"))
     assert "".join(calls) == "abc" + "bca" + "cab" + "abc"
     assert {name: len(values) for name, values in seconds.items()} == {"a": 4, "b": 4, "c": 4}
 

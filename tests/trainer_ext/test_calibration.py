@@ -117,3 +117,12 @@ def test_gradients_that_were_there_before_stay():
     parameter.grad = torch.ones_like(parameter)
     select_neurons(model, BATCHES)
     assert torch.equal(parameter.grad, torch.ones_like(parameter))
+
+
+def test_without_gradients_a_model_prepared_for_checkpointing_keeps_no_activations():
+    model = wrapped(importance="wanda")
+    model.enable_input_require_grads()  # as PEFT and trainers do for checkpointing
+    with calibration_mode(model, spft_layers(model), gradients=False):
+        assert not model(**BATCHES[0]).loss.requires_grad
+    with model.disable_adapter():
+        assert model(**BATCHES[0]).loss.requires_grad

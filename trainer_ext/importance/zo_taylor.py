@@ -76,16 +76,16 @@ class ZoTaylor(ImportanceMetric):
                 if self._perturbation is None or not torch.is_grad_enabled():
                     return original(x)
                 batch, direction, eps = self._perturbation
-                weight = base.weight
+                weight = base.weight.detach()
                 # A forward that others have put there (accelerate's device placement) must be
                 # called, so there the perturbation's own output is added.
                 moved = torch.zeros_like(weight) if had_own else torch.empty_like(weight)
                 for chunk in range(math.ceil(weight.shape[0] / BLOCK_ROWS)):
                     rows = slice(chunk * BLOCK_ROWS, (chunk + 1) * BLOCK_ROWS)
                     noise = self.noise(batch, direction, name, chunk).to(weight.device)
-                    wide = torch.promote_types(weight.dtype, noise.dtype)
                     start = moved[rows] if had_own else weight[rows]
-                    moved[rows] = (start.to(wide) + eps * noise.to(wide)).to(weight.dtype)
+                    # one kernel: sums in the wider dtype of the two, rounded to the weight's
+                    torch.add(start, noise, alpha=eps, out=moved[rows])
                 linear_weight = as_linear_weight(base, moved)
                 if had_own:
                     return original(x) + nn.functional.linear(x, linear_weight)
