@@ -38,8 +38,8 @@ from workload import Workload
 from trainer_ext import SpftConfig, SpftError
 from trainer_ext.calibration_mode import calibration_mode
 from trainer_ext.class_column import CLASS_KEY, RowClasses
-from trainer_ext.distributed import BLOCK_ROWS
 from trainer_ext.importance import METRIC_CLASSES
+from trainer_ext.importance.noise import chunk_rows
 from trainer_ext.tuner.model import spft_layers
 
 CLASSES = 4  # of quantile_mean's rows
@@ -146,7 +146,8 @@ class Noise(Row):
     def step(self):
         for direction in range(self.times):
             for name, layer in self.subject.layers.items():
-                for chunk in range(math.ceil(len(layer.get_base_layer().weight) / BLOCK_ROWS)):
+                rows, columns = layer.get_base_layer().weight.shape
+                for chunk in range(math.ceil(rows / chunk_rows(columns))):
                     self.metric.noise(0, direction, name, chunk)
 
 

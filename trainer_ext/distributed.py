@@ -13,9 +13,6 @@ from .errors import SpftError
 
 logger = logging.getLogger(__name__)
 
-BLOCK_ROWS = 64  # rows of a stored weight that are worked on together
-_BLOCK_ELEMENTS = 2**17
-
 
 def world_size() -> int:
     """Number of processes; 1 without torch.distributed."""
@@ -128,14 +125,13 @@ class ShardLayout:
         start = min(rank * self.block, self.numel)
         return start, min(start + self.block, self.numel)
 
-    def blocks(self, rank: int) -> Iterator[Block]:
+    def blocks(self, rank: int, most_rows: int) -> Iterator[Block]:
         """Rectangles of the stored weight that make up a process's range, in order.
 
-        They are small, to bound the memory of what is computed on them, and end at multiples of
-        BLOCK_ROWS wherever they can.
+        Args:
+            most_rows: rows of a rectangle at most; none crosses a multiple of it.
         """
         start, stop = self.local_range(rank)
-        whole_rows = BLOCK_ROWS * max(1, _BLOCK_ELEMENTS // (self.columns * BLOCK_ROWS))
         at = start
         while at < stop:
             row, column = divmod(at, self.columns)
@@ -143,7 +139,7 @@ class ShardLayout:
                 end = min(stop, (row + 1) * self.columns)
                 yield Block(at - start, row, row + 1, column, column + end - at)
             else:
-                rows = min(whole_rows - row % BLOCK_ROWS, (stop - at) // self.columns)
+                rows = min(most_rows - row % most_rows, (stop - at) // self.columns)
                 end = at + rows * self.columns
                 yield Block(at - start, row, row + rows, 0, self.columns)
             at = end

@@ -20,10 +20,13 @@ from transformers import TrainingArguments
 
 from trainer_ext import ImportanceScores, SpftConfig, SpftTrainer
 from trainer_ext.distributed import ShardLayout, read_neurons
+from trainer_ext.importance import noise, zo_taylor
 from trainer_ext.trainer import IMPORTANCE_FILE
 from trainer_ext.trainer_batches import bare_model
 from trainer_ext.tuner.model import deltas, spft_layers
 
+# a tiny weight takes several chunks of noise, and the processes' ranges cut through them
+noise.CHUNK_ELEMENTS = zo_taylor.CHUNK_ELEMENTS = 200
 GLOBAL_BATCH = 12
 ACCUMULATION = 2
 STEPS = 3

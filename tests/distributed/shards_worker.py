@@ -23,8 +23,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from trainer_ext import SpftConfig, measure_importance, select_by_scores
 from trainer_ext.class_column import CLASS_KEY
+from trainer_ext.importance import noise, zo_taylor
 from trainer_ext.tuner.model import deltas, spft_layers
 
+# a tiny weight takes several chunks of noise, and the processes' ranges cut through them
+noise.CHUNK_ELEMENTS = zo_taylor.CHUNK_ELEMENTS = 200
 METRICS = ("magnitude", "random", "wanda", "group_taylor", "taylor", "zo_taylor", "quantile_mean")
 ROWS, BATCHES = 6, 3
 

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer_ext.distributed import (
-    BLOCK_ROWS,
     ShardLayout,
     local_shard,
     mean_over_processes,
@@ -40,25 +39,19 @@ def test_ranges_are_disjoint_and_cover_the_weight(layout):
 
 
 @settings(deadline=None)
-@given(layouts())
-def test_blocks_tile_each_range_in_order(layout):
+@given(layouts(), st.integers(1, 64))
+def test_blocks_tile_each_range_in_order(layout, most_rows):
     weight = torch.arange(layout.numel).view(layout.rows, layout.columns)
     for rank in range(layout.world):
         start, stop = layout.local_range(rank)
         local, seen = weight.flatten()[start:stop], []
-        for block in layout.blocks(rank):
+        for block in layout.blocks(rank, most_rows):
             piece = block.of(local)
             place = weight[block.row : block.row_stop, block.column : block.column_stop]
             assert torch.equal(piece, place)
             seen += piece.flatten().tolist()
+            assert block.row // most_rows == (block.row_stop - 1) // most_rows  # crosses none
         assert seen == list(range(start, stop))
-
-
-def test_blocks_are_small_and_begin_at_multiples():
-    layout = ShardLayout(1000, 5000, False, 1, 5_000_000, "replicated")
-    blocks = list(layout.blocks(0))
-    assert all(block.row % BLOCK_ROWS == 0 for block in blocks)
-    assert {block.row_stop - block.row for block in blocks[:-1]} == {BLOCK_ROWS}
 
 
 @settings(deadline=None)

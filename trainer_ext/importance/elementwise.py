@@ -13,10 +13,17 @@ import torch
 from ..distributed import Block, local_shard, process_rank, sum_over_processes
 from ..tuner.layer import SpftLinear
 
+# Elements of a weight that are worked on together: bounds the extra memory.
+_BLOCK_ELEMENTS = 2**17
 Terms = Callable[[str, torch.Tensor, Block], Iterable[torch.Tensor]]
 
 
-def sum_over_inputs(layers: dict[str, SpftLinear], terms: Terms, kinds: int = 1):
+def sum_over_inputs(
+    layers: dict[str, SpftLinear],
+    terms: Terms,
+    kinds: int = 1,
+    block_elements: int = _BLOCK_ELEMENTS,
+) -> dict[str, torch.Tensor]:
     """For each neuron the sums over its inputs of one or several kinds of terms.
 
     Args:
@@ -24,21 +31,27 @@ def sum_over_inputs(layers: dict[str, SpftLinear], terms: Terms, kinds: int = 1)
             rectangle's place, to tensors of the rectangle's shape, one a kind. They are consumed
             one by one, so a generator keeps no more than one of them alive.
         kinds: how many.
+        block_elements: size of a rectangle at most, but for a single row.
 
     Returns:
         Layer name -> float64 (kinds, d_out) on the CPU.
     """
-    sums = {name: _layer_sums(name, layer, terms, kinds) for name, layer in layers.items()}
+    sums = {
+        name: _layer_sums(name, layer, terms, kinds, block_elements)
+        for name, layer in layers.items()
+    }
     return {name: total.cpu() for name, total in sum_over_processes(sums).items()}
 
 
 @torch.no_grad()
-def _layer_sums(name: str, layer: SpftLinear, terms: Terms, kinds: int) -> torch.Tensor:
+def _layer_sums(
+    name: str, layer: SpftLinear, terms: Terms, kinds: int, block_elements: int
+) -> torch.Tensor:
     layout = layer.shard_layout()
     weight = layer.get_base_layer().weight
     local = local_shard(weight, layout)
     sums = torch.zeros(kinds, layer.out_features, dtype=torch.float64)
-    for block in layout.blocks(process_rank()):
+    for block in layout.blocks(process_rank(), max(1, block_elements // layout.columns)):
         piece = block.of(local).to(weight.device)
         piece = piece if piece.dtype == torch.float64 else piece.float()
         for kind, values in enumerate(terms(name, piece, block)):

@@ -145,4 +145,4 @@ def add_products(total_O: torch.Tensor, grad: torch.Tensor, z: torch.Tensor) -> 
     for grad_chunk, z_chunk in zip(
         grad_TO.split(_CHUNK_TOKENS), z_TO.split(_CHUNK_TOKENS), strict=True
     ):
-        total_O += (grad_chunk.float() * z_chunk.float()).sum(dim=0)
+        total_O += (grad_chunk.float() * z_chunk).sum(dim=0)

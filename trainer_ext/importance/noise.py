@@ -6,13 +6,19 @@ import hashlib
 
 import torch
 
-from ..distributed import BLOCK_ROWS
+# Elements that one generator fills: few enough to bound memory, many enough to keep a GPU busy.
+CHUNK_ELEMENTS = 2**22
 
 
 def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
     """A random generator seeded by the parts of `key` alone (as strings)."""
     digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def chunk_rows(columns: int) -> int:
+    """Rows of a stored weight with so many columns that make up a chunk of noise."""
+    return max(1, CHUNK_ELEMENTS // columns)
 
 
 def weight_noise(
@@ -24,12 +30,12 @@ def weight_noise(
 
     Args:
         key: what the noise of the whole weight is a function of.
-        chunk: number of the chunk; it begins at row chunk * BLOCK_ROWS.
+        chunk: number of the chunk; it begins at row chunk * chunk_rows(columns).
         rows, columns: shape of the weight as stored.
 
     Returns:
-        (BLOCK_ROWS, columns), fewer rows for the last chunk.
+        (chunk_rows(columns), columns), fewer rows for the last chunk.
     """
-    count = min(BLOCK_ROWS, rows - chunk * BLOCK_ROWS)
+    count = min(chunk_rows(columns), rows - chunk * chunk_rows(columns))
     generator = generator_for(*key, chunk, device=device)
     return torch.randn(count, columns, generator=generator, device=device)

@@ -16,11 +16,11 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from ..distributed import BLOCK_ROWS, mean_over_processes
+from ..distributed import mean_over_processes
 from ..stability import rank_correlation
 from .base import ImportanceMetric
 from .elementwise import sum_over_inputs
-from .noise import weight_noise
+from .noise import CHUNK_ELEMENTS, chunk_rows, weight_noise
 from .taps import as_linear_weight, replaced_forward
 
 # Below this rank correlation between two halves of the directions the ranking is mostly noise:
@@ -36,6 +36,8 @@ class ZoTaylor(ImportanceMetric):
         self.eps = config.zo_eps
         self._derivatives: list[tuple[int, int, float, int]] = []  # batch, direction, c, part
         self._perturbation: tuple[int, int, float] | None = None  # batch, direction, signed eps
+        layouts = {name: layer.shard_layout() for name, layer in layers.items()}
+        self._shapes = {name: (layout.rows, layout.columns) for name, layout in layouts.items()}
         self._found: dict[str, torch.Tensor] = {}  # layer name -> (kinds, d_out)
 
     @contextmanager
@@ -47,11 +49,11 @@ class ZoTaylor(ImportanceMetric):
             yield
 
     def noise(self, batch: int, direction: int, name: str, chunk: int) -> torch.Tensor:
-        """Noise of a chunk of BLOCK_ROWS rows of a layer's stored weight, fp32."""
-        weight = self.layers[name].get_base_layer().weight
-        rows, columns = getattr(weight, "ds_shape", weight.shape)
+        """Noise of a chunk of a layer's stored weight, see `weight_noise`."""
+        rows, columns = self._shapes[name]
         key = (self.config.seed, batch, direction, name)
-        return weight_noise(key, chunk, rows, columns, weight.device)
+        device = self.layers[name].get_base_layer().weight.device
+        return weight_noise(key, chunk, rows, columns, device)
 
     def _observe(self, run_batch, part):
         batch = sum(self.batches)
@@ -80,8 +82,9 @@ class ZoTaylor(ImportanceMetric):
                 # A forward that others have put there (accelerate's device placement) must be
                 # called, so there the perturbation's own output is added.
                 moved = torch.zeros_like(weight) if had_own else torch.empty_like(weight)
-                for chunk in range(math.ceil(weight.shape[0] / BLOCK_ROWS)):
-                    rows = slice(chunk * BLOCK_ROWS, (chunk + 1) * BLOCK_ROWS)
+                step = chunk_rows(weight.shape[1])
+                for chunk in range(math.ceil(weight.shape[0] / step)):
+                    rows = slice(chunk * step, (chunk + 1) * step)
                     noise = self.noise(batch, direction, name, chunk).to(weight.device)
                     start = moved[rows] if had_own else weight[rows]
                     # one kernel: sums in the wider dtype of the two, rounded to the weight's
@@ -104,20 +107,18 @@ class ZoTaylor(ImportanceMetric):
         def terms(name, weight, block):
             # one sum for each atom; a kind of score is made of several
             sums = {atom: torch.zeros_like(weight) for atom in kinds[0]}
-            for chunk in range(block.row // BLOCK_ROWS, math.ceil(block.row_stop / BLOCK_ROWS)):
-                first = max(block.row, chunk * BLOCK_ROWS)
-                last = min(block.row_stop, (chunk + 1) * BLOCK_ROWS)
-                in_chunk = slice(first - chunk * BLOCK_ROWS, last - chunk * BLOCK_ROWS)
-                in_block = slice(first - block.row, last - block.row)
-                for number, (batch, direction, derivative, _) in enumerate(self._derivatives):
-                    noise = self.noise(batch, direction, name, chunk)
-                    noise = noise[in_chunk, block.column : block.column_stop].to(weight)
-                    sums[self._atom(number)][in_block].add_(noise, alpha=derivative)
+            # no block crosses the border of a chunk
+            chunk, first = divmod(block.row, chunk_rows(self._shapes[name][1]))
+            rows = slice(first, first + block.row_stop - block.row)
+            for number, (batch, direction, derivative, _) in enumerate(self._derivatives):
+                noise = self.noise(batch, direction, name, chunk)
+                noise = noise[rows, block.column : block.column_stop].to(weight)
+                sums[self._atom(number)].add_(noise, alpha=derivative)
             for atoms, count in zip(kinds, counts, strict=True):
                 yield (weight * sum(sums[atom] for atom in atoms) / count).abs()
             yield weight.abs()
 
-        self._found = sum_over_inputs(self.layers, terms, len(kinds) + 1)
+        self._found = sum_over_inputs(self.layers, terms, len(kinds) + 1, CHUNK_ELEMENTS)
 
     @property
     def _count(self) -> int:

@@ -14,8 +14,9 @@ from tiny_models import CONFIGS, batch, tiny_model
 
 from trainer_ext import measure_importance
 from trainer_ext.calibration_mode import calibration_mode
-from trainer_ext.distributed import BLOCK_ROWS
-from trainer_ext.importance.noise import weight_noise
+from trainer_ext.importance import noise as noise_module
+from trainer_ext.importance import zo_taylor as zo_module
+from trainer_ext.importance.noise import chunk_rows, weight_noise
 from trainer_ext.importance.zo_taylor import NOISY_RANKING, ZoTaylor
 from trainer_ext.tuner.model import spft_layers
 
@@ -25,7 +26,7 @@ SEED, EPS, DIRECTIONS = 42, 1e-3, 3
 
 def explicit_noise(number: int, direction: int, name: str, stored: torch.Tensor) -> torch.Tensor:
     rows, columns = stored.shape
-    chunks = range(-(-rows // BLOCK_ROWS))
+    chunks = range(-(-rows // chunk_rows(columns)))
     key = (SEED, number, direction, name)
     return torch.cat([weight_noise(key, chunk, rows, columns) for chunk in chunks]).to(stored)
 
@@ -87,17 +88,33 @@ def test_in_fp32_the_error_is_the_rounding_of_the_loss(checkpointing):
         assert ((layer_scores - expected[name]).abs() <= room).all(), name
 
 
-def test_the_noise_is_a_function_of_batch_direction_and_layer_alone():
-    first = weight_noise((1, 2, 3, "layer"), 1, 200, 10)
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Several chunks of noise a weight, as large models have: 20 rows of 10."""
+    monkeypatch.setattr(noise_module, "CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(zo_module, "CHUNK_ELEMENTS", 200)
+
+
+def test_the_noise_is_a_function_of_batch_direction_and_layer_alone(small_chunks):
+    first = weight_noise((1, 2, 3, "layer"), 1, 50, 10)
     torch.rand(7)  # the global generator plays no part
-    assert torch.equal(first, weight_noise((1, 2, 3, "layer"), 1, 200, 10))
-    assert first.shape == (BLOCK_ROWS, 10)
-    assert weight_noise((1, 2, 3, "layer"), 3, 200, 10).shape == (200 - 3 * BLOCK_ROWS, 10)
+    assert torch.equal(first, weight_noise((1, 2, 3, "layer"), 1, 50, 10))
+    assert first.shape == (20, 10)
+    assert weight_noise((1, 2, 3, "layer"), 2, 50, 10).shape == (10, 10)
     for other in [(0, 2, 3, "layer"), (1, 0, 3, "layer"), (1, 2, 0, "layer"), (1, 2, 3, "x")]:
-        assert not torch.equal(first, weight_noise(other, 1, 200, 10))
-    everything = torch.cat([weight_noise((1, 2, 3, "x"), i, 4096, 64) for i in range(64)])
+        assert not torch.equal(first, weight_noise(other, 1, 50, 10))
+    everything = torch.cat([weight_noise((1, 2, 3, "x"), i, 20_000, 10) for i in range(1000)])
     assert everything.mean().abs() < 5 / everything.numel() ** 0.5
     assert (everything.std() - 1).abs() < 5 / everything.numel() ** 0.5
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_equals_the_formula_where_a_weight_takes_many_chunks(architecture, small_chunks):
+    scores = measured(zo_model(architecture, torch.float64), BATCHES)
+    expected = oracle(architecture, scores, BATCHES, torch.float64)
+    for name, layer_scores in scores.items():
+        error = (layer_scores - expected[name]).abs().max()
+        assert error <= 1e-5 * expected[name].max(), name
 
 
 def test_weights_are_never_touched():
