@@ -77,10 +77,18 @@ class Taylor(ImportanceMetric):
     def begin_pass(self, names):
         super().begin_pass(names)
         layouts = {name: self._layouts[name] for name in names}
-        self._sums = [
-            ShardedSums(layouts, self._devices, self.config.accumulator_offload)
-            for _ in range(self.parts)
-        ]
+        try:
+            self._sums = [
+                ShardedSums(layouts, self._devices, self.config.accumulator_offload)
+                for _ in range(self.parts)
+            ]
+        except torch.OutOfMemoryError:
+            size = self.parts * _BYTES * sum(layout.block for layout in layouts.values())
+            raise SpftError(
+                f"`importance` taylor needs {size / 2**30:.1f} GiB on each process for its "
+                "accumulators, which the device has not; set `accumulator_offload`: true, an "
+                "`accumulator_memory` in GiB, or `importance`: group_taylor, which needs none"
+            ) from None
 
     @contextmanager
     def attached(self, names):

@@ -15,6 +15,7 @@ from peft import get_peft_model
 from tiny_models import CONFIGS, batch, few_tokens, packed_batch, tiny_model, wide_model
 
 from trainer_ext import SpftConfig, SpftError, measure_importance
+from trainer_ext.importance import taylor as taylor_module
 from trainer_ext.tuner.model import spft_layers
 
 BATCHES = {
@@ -70,6 +71,15 @@ def test_several_passes_give_the_same_bits_and_are_announced(caplog):
     assert "runs the calibration batches 4 times" in caplog.text
     once = measured(model_for_taylor(), BATCHES["plain"])
     assert all(torch.equal(several[name], once[name]) for name in once)
+
+
+def test_accumulators_that_the_device_cannot_hold_are_told_in_one_line(monkeypatch):
+    def no_room(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(taylor_module, "ShardedSums", no_room)
+    with pytest.raises(SpftError, match="needs 0.0 GiB on each process for its accumulators"):
+        measured(model_for_taylor(), BATCHES["plain"])
 
 
 def test_a_limit_below_one_layer_is_refused():
