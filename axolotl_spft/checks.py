@@ -70,6 +70,9 @@ def refuse_unsupported(cfg: dict) -> None:
         )
 
 
+_TOKENISED = ("input_ids", "attention_mask", "labels", "position_ids", "length")
+
+
 def check_classes(cfg: dict) -> None:
     """Check what `spft_importance: quantile_mean` needs of a raw YAML.
 
@@ -82,6 +85,11 @@ def check_classes(cfg: dict) -> None:
         raise SpftError(
             "spft_importance is 'quantile_mean' but spft_class_field is not set; name the dataset "
             "column that holds each row's class"
+        )
+    if cfg["spft_class_field"] in _TOKENISED:
+        raise SpftError(
+            f"spft_class_field is {cfg['spft_class_field']!r}, a column that tokenisation makes "
+            "itself; rename the column in the dataset"
         )
     for key, reason, mend in (
         (

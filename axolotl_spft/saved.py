@@ -25,7 +25,7 @@ def check_continued_adapter(cfg) -> None:
     bounds = {name: getattr(saved, name) for name in ("allocation_floor", "allocation_ceiling")}
     for field, has in {**_budget(saved), **bounds}.items():
         key, wanted = f"spft_{field}", cfg[f"spft_{field}"]
-        if wanted is not None and wanted != has:
+        if wanted is not None and _differ(wanted, has):
             raise SpftError(
                 f"{key} is {wanted} but the adapter in {folder!r} was made with "
                 f"{_in_words(saved, field)}; drop {key}, or start a fresh adapter without "
@@ -70,7 +70,7 @@ def check_resumed_adapter(cfg, config: SpftConfig) -> None:
     saved = _read(folder, f"{seen} {folder!r}")
     wanted = _budget(config)
     for field, has in _budget(saved).items():
-        if wanted[field] != has:
+        if _differ(wanted[field], has):
             raise SpftError(
                 f"{seen} {folder!r}, whose adapter has {_in_words(saved, field)}, but this run "
                 f"asks for {_in_words(config, field)}; ask for the same, or use another output_dir"
@@ -108,6 +108,12 @@ def _budget(config: SpftConfig) -> dict[str, object]:
         "r_pattern": config.r_pattern or None,
         "density_pattern": config.density_pattern or None,
     }
+
+
+def _differ(a, b) -> bool:
+    """Whether two values of a field ask for different things."""
+    # of patterns the first that matches counts, so their order does too
+    return a != b or (isinstance(a, dict) and list(a) != list(b))
 
 
 def _in_words(config: SpftConfig, field: str) -> str:

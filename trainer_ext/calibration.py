@@ -15,7 +15,7 @@ from .calibration_mode import calibration_mode
 from .class_column import RowClasses, hide_classes
 from .config import SpftConfig
 from .distributed import release_gathered_weights
-from .errors import SpftError
+from .errors import SpftError, in_plain_words
 from .importance import METRIC_CLASSES
 from .importance.base import ImportanceMetric, RunBatch
 from .provenance import check_same_model, model_fingerprint, package_versions
@@ -194,4 +194,6 @@ def select_neurons(
         scores = load_scores(config.importance_file, model, adapter_name)
     else:
         scores = measure_importance(model, (run(b) for b in batches), adapter_name)
+        for warning in scores.warnings:
+            logger.warning("%s", in_plain_words(warning))
     return select_by_scores(model, scores, adapter_name)

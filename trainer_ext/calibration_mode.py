@@ -28,10 +28,10 @@ def calibration_mode(model: nn.Module, layers: dict, gradients: bool = True):
     training = [module.training for module in modules]
     requires_grad = [(p, p.requires_grad) for p in model.parameters()]
     silenced: list[tuple[object, str, float | bool]] = []
-    embedding_hook = None
+    hooks: list = []
     try:
         _silence(modules, silenced)
-        embedding_hook = _set_input_grads(model, gradients)
+        hooks += _set_input_grads(model, gradients)
         if not gradients:
             _stop_checkpointing(modules, silenced)
         model.train()
@@ -42,13 +42,14 @@ def calibration_mode(model: nn.Module, layers: dict, gradients: bool = True):
             parameter.requires_grad_(False)
         for layer in layers.values():
             layer.calibrating = True
-        with random_state_kept():
+        # callers may have gradients off, which says "do not count" to the metrics
+        with random_state_kept(), torch.enable_grad():
             yield
     finally:
         for layer in layers.values():
             layer.calibrating = False
-        if embedding_hook is not None:
-            embedding_hook.remove()
+        for hook in hooks:
+            hook.remove()
         for owner, name, value in silenced:
             setattr(owner, name, value)
         for parameter, flag in requires_grad:
@@ -78,21 +79,31 @@ def _stop_checkpointing(modules: list[nn.Module], stopped: list) -> None:
             module.gradient_checkpointing = False
 
 
-def _set_input_grads(model: nn.Module, required: bool):
-    """Let the embeddings' output require a gradient or not.
+def _set_input_grads(model: nn.Module, required: bool) -> list:
+    """Let the embeddings' output require a gradient or not; returns the hooks that do it.
 
     Reentrant checkpointing drops the graph of blocks whose input requires none. Models prepared for
-    checkpointing have a hook that requires one, so that forwards would keep all activations.
+    checkpointing have hooks that require one, in the towers of a multimodal model too, so that
+    forwards would keep all activations.
     """
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if embeddings is None:
-        return None
+    models = [model] if required else [model, *model.modules()]
+    embeddings = [_input_embeddings(module) for module in models]
 
     def hook(module, inputs, output):
         if torch.is_grad_enabled() and output.is_floating_point() and output.is_leaf:
             output.requires_grad_(required)
 
-    return embeddings.register_forward_hook(hook)
+    unique = {id(module): module for module in embeddings if module is not None}
+    return [module.register_forward_hook(hook) for module in unique.values()]
+
+
+def _input_embeddings(module: nn.Module) -> nn.Module | None:
+    if not hasattr(module, "get_input_embeddings"):
+        return None
+    try:
+        return module.get_input_embeddings()
+    except NotImplementedError:  # transformers' models without any
+        return None
 
 
 @contextmanager

@@ -56,11 +56,10 @@ def any_process(flag: bool) -> bool:
 
 def _communication_device(device: torch.device) -> torch.device:
     """Where a tensor on `device` must go to be communicated: NCCL knows no CPU memory."""
-    if device.type != "cpu" or dist.get_backend() in ("gloo", "mpi"):
+    accelerator = torch.accelerator.current_accelerator()
+    if device.type != "cpu" or accelerator is None or "gloo" in dist.get_backend():
         return device
-    return torch.device(
-        torch.accelerator.current_accelerator().type, torch.accelerator.current_device_index()
-    )
+    return torch.device(accelerator.type, torch.accelerator.current_device_index())
 
 
 @dataclass(frozen=True)
@@ -113,6 +112,11 @@ class ShardLayout:
                 raise SpftError(
                     f"the weights are sharded as {placements} over {weight.device_mesh.size()} of "
                     f"{world} processes; SPFT needs FSDP2's full shard of rows over all of them"
+                )
+            if weight.device.type != weight.device_mesh.device_type:
+                raise SpftError(
+                    "the weights are in CPU memory while the model computes elsewhere; SPFT does "
+                    "not work with FSDP2's parameter offload yet, so switch it off"
                 )
         return cls(shape[0], shape[1], neurons_are_columns, world, block, kind)
 

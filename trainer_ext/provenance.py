@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from .class_column import CLASS_KEY
 from .distributed import ShardLayout, local_shard, process_rank, sum_over_processes
 from .errors import SpftError
 
@@ -90,14 +91,9 @@ def check_same_model(made_for: str, here: str) -> None:
 
 
 class DataFingerprint:
-    """Fingerprint of the rows in some batches, whatever their order, padding or process.
-
-    Attributes:
-        batches: how many calibration batches have been noted.
-    """
+    """Fingerprint of the rows in some batches, whatever their order, padding or process."""
 
     def __init__(self) -> None:
-        self.batches = 0
         self._sum = 0
 
     def noting(self, batches: Iterable) -> Iterator:
@@ -105,7 +101,6 @@ class DataFingerprint:
         for batch in batches:
             for micro_batch in batch.micro_batches:
                 self._sum += sum(map(_digest, _rows(micro_batch)))
-            self.batches += 1
             yield batch
 
     def value(self) -> str:
@@ -130,7 +125,7 @@ def _sampled(weight: torch.Tensor, first_rows: int | None) -> torch.Tensor:
     values = torch.zeros(_SAMPLES, dtype=torch.float64)
     local = local_shard(weight, layout)
     values[held] = local[(positions[held] - start).to(local.device)].double().cpu()
-    return values.to(weight.device)
+    return values
 
 
 def _embedding_weight(model: nn.Module) -> torch.Tensor | None:
@@ -170,7 +165,8 @@ def _bytes_of(value) -> bytes:
         value = value.detach().cpu()
         return (value.float() if value.is_floating_point() else value.long()).numpy().tobytes()
     if isinstance(value, Mapping):
-        return b"|".join(f"{key}=".encode() + _bytes_of(value[key]) for key in sorted(value))
+        keys = sorted(set(value) - {CLASS_KEY})  # there while calibrating by class alone
+        return b"|".join(f"{key}=".encode() + _bytes_of(value[key]) for key in keys)
     if isinstance(value, (list, tuple)):
         return b"|".join(map(_bytes_of, value))
     return repr(value).encode()

@@ -16,6 +16,7 @@ from .provenance import package_versions
 from .report_page import render_page
 from .scores import ImportanceScores
 from .selection import NeuronSelection, current_selection
+from .stability import Stability
 from .tuner.model import spft_layers
 
 REPORT_JSON = "spft_report.json"
@@ -81,7 +82,7 @@ def build_report(
         "peak_memory_bytes": peak_memory_bytes(parameter.device),
         "step_seconds": figures.step_seconds,
         "steps_timed": figures.steps_timed,
-        "calibration": _calibration_figures(scores),
+        "calibration": _calibration_figures(scores, selection),
         "train_loss": _curve(figures.log_history, "loss"),
         "held_out_loss": _curve(figures.log_history, "eval_loss"),
         "layers": _layer_figures(model, adapter_name, selection, scores),
@@ -109,25 +110,40 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _calibration_figures(scores: ImportanceScores | None) -> dict | None:
+def _calibration_figures(
+    scores: ImportanceScores | None, selection: NeuronSelection
+) -> dict | None:
     if scores is None:
         return None
+    stability = _stability_of(scores, selection)
     return {
         "metric": scores.metric,
         "batches": scores.batches,
         "seconds": scores.seconds,
         "silent_layers": scores.silent_layers,
-        "agreement_of_halves": None if scores.stability is None else scores.stability.agreement,
-        "batches_wanted": None if scores.stability is None else scores.stability.batches_wanted,
+        "agreement_of_halves": None if stability is None else stability.agreement,
+        "batches_wanted": None if stability is None else stability.batches_wanted,
         "diagnostics": scores.diagnostics,
         "warnings": [in_plain_words(warning) for warning in scores.warnings],
     }
+
+
+def _stability_of(scores: ImportanceScores, selection: NeuronSelection) -> Stability | None:
+    """The stability of the scores, if it was measured for as many neurons as are selected here."""
+    stability = scores.stability
+    if stability is None or any(
+        round(stability.chance[name] * selection.out_features[name]) != index.numel()
+        for name, index in selection.index.items()
+    ):
+        return None
+    return stability
 
 
 def _layer_figures(
     model, adapter_name: str, selection: NeuronSelection, scores: ImportanceScores | None
 ) -> dict[str, dict]:
     figures = {}
+    stability = None if scores is None else _stability_of(scores, selection)
     for name, layer in spft_layers(model, adapter_name).items():
         index = selection.index[name]
         figures[name] = {
@@ -135,9 +151,9 @@ def _layer_figures(
             "inputs": layer.in_features,
             "selected": index.tolist(),
         }
-        if scores is not None and scores.stability is not None:
-            figures[name]["overlap_of_halves"] = scores.stability.overlap[name]
-            figures[name]["overlap_by_chance"] = scores.stability.chance[name]
+        if stability is not None:
+            figures[name]["overlap_of_halves"] = stability.overlap[name]
+            figures[name]["overlap_by_chance"] = stability.chance[name]
         if scores is not None:
             layer_scores = scores.scores[name]
             chosen = layer_scores[index]

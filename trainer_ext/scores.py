@@ -90,9 +90,9 @@ class ImportanceScores:
                 batches=int(metadata["batches"]),
                 seconds=float(metadata["seconds"]),
                 silent_layers=json.loads(metadata["silent_layers"]),
-                stability=_stability(json.loads(metadata["stability"])),
-                diagnostics=json.loads(metadata["diagnostics"]),
-                warnings=json.loads(metadata["warnings"]),
+                stability=_stability(json.loads(metadata.get("stability", "null"))),
+                diagnostics=json.loads(metadata.get("diagnostics", "{}")),
+                warnings=json.loads(metadata.get("warnings", "[]")),
                 metadata={k: v for k, v in metadata.items() if k not in _HEADER},
             )
         except (KeyError, ValueError, TypeError) as error:

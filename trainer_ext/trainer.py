@@ -24,7 +24,7 @@ from .provenance import DataFingerprint
 from .report import RunFigures, optimizer_state_bytes, write_report
 from .scores import ImportanceScores
 from .trainer_batches import bare_model, first_batches, may_be_one_shot, untouched
-from .tuner.model import default_task_type, is_selected
+from .tuner.model import default_task_type, is_selected, layer_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -193,10 +193,14 @@ class SpftCallback(TrainerCallback):
     def _scores_of_this_run(self, model, adapter_name: str) -> ImportanceScores | None:
         """Scores of the interrupted run that is being resumed, for its report."""
         path = Path(self.trainer.args.output_dir) / IMPORTANCE_FILE
+        # The process that writes the report may be the only one that has the file: nothing here may
+        # need the others.
+        if not self.trainer.is_world_process_zero():
+            return None
         if self.trainer.state.global_step == 0 or not path.is_file():
             return None
         try:
-            return load_scores(path, model, adapter_name)
+            return ImportanceScores.load_for(path, layer_sizes(model, adapter_name))
         except SpftError as error:
             logger.warning("the report will lack the importance scores: %s", error)
             return None

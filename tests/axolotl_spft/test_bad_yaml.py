@@ -44,6 +44,10 @@ YAML_ROWS = [
     ({"spft_allocation_floor": 0}, ["spft_allocation_floor is 0", "above 0"]),
     ({"spft_allocation_floor": "low"}, ["spft_allocation_floor is 'low'", "valid number"]),
     ({"spft_allocation_ceiling": 0.5}, ["spft_allocation_ceiling is 0.5", "at least 1"]),
+    (
+        {"spft_importance": "quantile_mean", "spft_class_field": "labels"},
+        ["spft_class_field is 'labels'", "rename the column"],
+    ),
     ({"spft_r_pattern": ["q_proj"]}, ["spft_r_pattern is ['q_proj']", "valid dictionary"]),
     ({"spft_r_pattern": {"q_proj": 0.5}}, ["spft_r_pattern is 0.5", "valid integer"]),
     ({"spft_r_pattern": {"q_proj": 0}}, ["'q_proj'", "spft_r_pattern is 0", "at least 1"]),

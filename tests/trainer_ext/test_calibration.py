@@ -126,3 +126,19 @@ def test_without_gradients_a_model_prepared_for_checkpointing_keeps_no_activatio
         assert not model(**BATCHES[0]).loss.requires_grad
     with model.disable_adapter():
         assert model(**BATCHES[0]).loss.requires_grad
+
+
+def test_doubts_are_logged(caplog):
+    select_neurons(wrapped(importance="zo_taylor", zo_directions=2), BATCHES)
+    assert "zo_taylor's ranking is mostly noise" in caplog.text
+    assert "`" not in caplog.text
+
+
+@pytest.mark.parametrize("importance", ["wanda", "group_taylor"])
+def test_gradients_that_the_caller_has_switched_off(importance):
+    """The metrics take no_grad for a reference model's forward."""
+    expected = select_neurons(wrapped(importance=importance), BATCHES)
+    with torch.no_grad():
+        selection = select_neurons(wrapped(importance=importance), BATCHES)
+    for name, index in expected.index.items():
+        assert torch.equal(selection.index[name], index)

@@ -70,6 +70,14 @@ def test_the_agreement_of_halves_is_that_of_the_scores(run):
     assert warnings[0] in page
 
 
+def test_no_agreement_is_reported_for_another_number_of_neurons(run, tmp_path):
+    _, folder, _ = run
+    scores = ImportanceScores.load(folder / "spft_importance.safetensors")
+    report = write_report(tmp_path, selected(r=5), "default", scores, RunFigures())
+    assert report["calibration"]["agreement_of_halves"] is None
+    assert not any("overlap_of_halves" in layer for layer in report["layers"].values())
+
+
 def test_curves_are_the_trainers_log(run):
     trainer, _, report = run
     log = trainer.state.log_history

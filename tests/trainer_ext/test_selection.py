@@ -20,6 +20,7 @@ from trainer_ext import (
     current_selection,
     select_by_scores,
 )
+from trainer_ext.files import read_tensors, write_tensors
 from trainer_ext.selection import select_top, top_neurons
 from trainer_ext.stability import Stability
 
@@ -93,6 +94,18 @@ def test_scores_file_round_trip(tmp_path):
     for field in dataclasses.fields(ImportanceScores):
         if field.name != "scores":
             assert getattr(loaded, field.name) == getattr(scores, field.name)
+
+
+def test_scores_files_without_the_newer_entries_are_read(tmp_path):
+    ImportanceScores({"a": torch.rand(5, dtype=torch.float64)}, "group_taylor", 8).save(
+        tmp_path / "x"
+    )
+    tensors, metadata = read_tensors(tmp_path / "x", "spft_importance")
+    for name in ("stability", "diagnostics", "warnings"):
+        del metadata[name]
+    write_tensors(tmp_path / "old", tensors, metadata)
+    old = ImportanceScores.load(tmp_path / "old")
+    assert (old.stability, old.diagnostics, old.warnings) == (None, {}, [])
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.9])

@@ -18,6 +18,11 @@ from ..tuner.layer import SpftLinear
 RunBatch = Callable[[bool], torch.Tensor]
 
 
+def wide_dtype(device: torch.device) -> torch.dtype:
+    """What long sums are kept in, so that their order does not matter; MPS has no fp64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class ImportanceMetric(ABC):
     """Scores the output neurons of the given layers.
 

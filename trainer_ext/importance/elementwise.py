@@ -12,6 +12,7 @@ import torch
 
 from ..distributed import Block, local_shard, process_rank, sum_over_processes
 from ..tuner.layer import SpftLinear
+from .base import wide_dtype
 
 # Elements of a weight that are worked on together: bounds the extra memory.
 _BLOCK_ELEMENTS = 2**17
@@ -50,13 +51,14 @@ def _layer_sums(
     layout = layer.shard_layout()
     weight = layer.get_base_layer().weight
     local = local_shard(weight, layout)
-    sums = torch.zeros(kinds, layer.out_features, dtype=torch.float64)
+    wide = wide_dtype(weight.device)
+    sums = torch.zeros(kinds, layer.out_features, dtype=wide, device=weight.device)
     for block in layout.blocks(process_rank(), max(1, block_elements // layout.columns)):
         piece = block.of(local).to(weight.device)
         piece = piece if piece.dtype == torch.float64 else piece.float()
         for kind, values in enumerate(terms(name, piece, block)):
             if layout.neurons_are_columns:
-                sums[kind, block.column : block.column_stop] += values.sum(dim=0).double().cpu()
+                sums[kind, block.column : block.column_stop] += values.sum(dim=0).to(wide)
             else:
-                sums[kind, block.row : block.row_stop] += values.sum(dim=1).double().cpu()
-    return sums.to(weight.device)
+                sums[kind, block.row : block.row_stop] += values.sum(dim=1).to(wide)
+    return sums.double() if wide == torch.float64 else sums.cpu().double()

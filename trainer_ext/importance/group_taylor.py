@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..distributed import any_process, mean_over_processes, sum_over_processes
-from .base import ImportanceMetric
+from .base import ImportanceMetric, wide_dtype
 from .taps import Tap, tapped
 
 # Tokens whose products are upcast to fp32 at a time: bounds the extra memory.
@@ -75,9 +75,8 @@ class OutputProduct(Tap):
     def __init__(self, layer, sums_shape: tuple[int, ...]) -> None:
         device = layer.get_base_layer().weight.device
         super().__init__(device)
-        wide = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
-        # fp64, so that the order of batches does not matter; the first dimension is the part
-        self.totals = torch.zeros(sums_shape, dtype=wide, device=device)
+        # the first dimension is the part
+        self.totals = torch.zeros(sums_shape, dtype=wide_dtype(device), device=device)
         self.reached = torch.zeros(1, device=device)
         self.overwritten = torch.zeros((), dtype=torch.bool, device=device)
         self.copies_output = False

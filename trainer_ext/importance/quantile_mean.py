@@ -57,7 +57,13 @@ class QuantileMean(OutputProductMetric):
             return run_batch(backward)
 
         super()._observe(counting_anew, part)
-        self._targets.append((part, self._rows.targets))
+        # From the data where it can be had: some losses (label smoothing) keep the labels to
+        # themselves, so that the model never gets them.
+        targets = self._rows.targets
+        for number, inputs in enumerate(getattr(run_batch, "micro_batches", ())):
+            before = torch.zeros(0, dtype=torch.float64) if number == 0 else targets
+            targets = _with_targets(before, inputs[CLASS_KEY].cpu(), inputs.get("labels"))
+        self._targets.append((part, targets))
 
     def _scores(self, parts):
         classes = self._number_of_classes()
@@ -126,11 +132,7 @@ class _Rows:
                 f"`class_field`: class numbers must lie in 0 to {_MOST_CLASSES - 1}, but there is "
                 f"{int(outside[0])}; group the classes into fewer"
             )
-        counts = torch.ones(len(self.classes), dtype=torch.float64)
-        if isinstance(labels, torch.Tensor) and labels.dim() == 2:
-            counts = (labels[:, 1:] != -100).sum(dim=1).double().cpu()
-        self.targets = _padded(self.targets, int(self.classes.max()) + 1)
-        self.targets.index_add_(0, self.classes, counts)
+        self.targets = _with_targets(self.targets, self.classes, labels)
 
 
 class _SumOverTokensOfClasses(OutputProduct):
@@ -139,6 +141,11 @@ class _SumOverTokensOfClasses(OutputProduct):
     def __init__(self, layer, rows: _Rows, parts: int) -> None:
         super().__init__(layer, (parts, 1, layer.out_features))
         self._rows = rows
+
+    def start_over(self) -> None:
+        # classes that came after the batch began have no sums to go back to
+        self._before = _padded(self._before, self.totals.shape[1])
+        super().start_over()
 
     def add(self, grad, z) -> None:
         classes = self._rows.classes
@@ -155,6 +162,16 @@ class _SumOverTokensOfClasses(OutputProduct):
             self.totals = grown
         for row, number in enumerate(classes.tolist()):
             add_products(self.totals[self.part, number], grad[row], z[row])
+
+
+def _with_targets(
+    targets_C: torch.Tensor, classes_B: torch.Tensor, labels: torch.Tensor | None
+) -> torch.Tensor:
+    """The targets of each class, with those of some more rows."""
+    counts = torch.ones(len(classes_B), dtype=torch.float64)
+    if isinstance(labels, torch.Tensor) and labels.dim() == 2:
+        counts = (labels[:, 1:] != -100).sum(dim=1).double().cpu()
+    return _padded(targets_C, int(classes_B.max()) + 1).index_add(0, classes_B, counts)
 
 
 def _padded(values: torch.Tensor, length: int) -> torch.Tensor:

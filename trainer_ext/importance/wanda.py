@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..distributed import sum_over_processes
-from .base import ImportanceMetric
+from .base import ImportanceMetric, wide_dtype
 from .elementwise import sum_over_inputs
 
 
@@ -22,12 +22,13 @@ class Wanda(ImportanceMetric):
 
     def __init__(self, layers, config, model=None) -> None:
         super().__init__(layers, config, model)
+        devices = {n: layer.get_base_layer().weight.device for n, layer in layers.items()}
         self._squares = {
             name: torch.zeros(
                 self.parts,
                 layer.in_features,
-                dtype=torch.float64,
-                device=layer.get_base_layer().weight.device,
+                dtype=wide_dtype(devices[name]),
+                device=devices[name],
             )
             for name, layer in layers.items()
         }

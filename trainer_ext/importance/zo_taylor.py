@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from ..distributed import mean_over_processes
+from ..distributed import mean_over_processes, sum_over_processes
 from ..stability import rank_correlation
 from .base import ImportanceMetric
 from .elementwise import sum_over_inputs
@@ -36,6 +36,7 @@ class ZoTaylor(ImportanceMetric):
         self.eps = config.zo_eps
         self._derivatives: list[tuple[int, int, float, int]] = []  # batch, direction, c, part
         self._perturbation: tuple[int, int, float] | None = None  # batch, direction, signed eps
+        self._reached = {name: torch.zeros(1) for name in layers}
         layouts = {name: layer.shard_layout() for name, layer in layers.items()}
         self._shapes = {name: (layout.rows, layout.columns) for name, layout in layouts.items()}
         self._found: dict[str, torch.Tensor] = {}  # layer name -> (kinds, d_out)
@@ -62,7 +63,7 @@ class ZoTaylor(ImportanceMetric):
             for sign in (1.0, -1.0):
                 self._perturbation = (batch, direction, sign * self.eps)
                 try:
-                    losses[f"{direction}{sign}"] = run_batch(False).detach().double().reshape(1)
+                    losses[f"{direction}{sign}"] = run_batch(False).detach().cpu().double()
                 finally:
                     self._perturbation = None
         losses = mean_over_processes(losses)
@@ -77,6 +78,7 @@ class ZoTaylor(ImportanceMetric):
                 # a reference model's forward (no gradients) is left alone
                 if self._perturbation is None or not torch.is_grad_enabled():
                     return original(x)
+                self._reached[name] += 1
                 batch, direction, eps = self._perturbation
                 weight = base.weight.detach()
                 # A forward that others have put there (accelerate's device placement) must be
@@ -137,6 +139,10 @@ class ZoTaylor(ImportanceMetric):
     def _scores(self, parts):
         kind = 0 if len(parts) == self.parts else 1 + parts[0]
         return {name: self._found[name][kind] for name in self.layers}
+
+    def silent_layers(self):
+        reached = sum_over_processes(self._reached)
+        return [name for name, count in reached.items() if not count]
 
     def diagnostics(self):
         """How good the estimate is.

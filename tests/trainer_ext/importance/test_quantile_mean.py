@@ -11,7 +11,7 @@ from calibrations import assert_close_to_oracle, measured
 from oracles import group_taylor, quantile_mean
 from tiny_models import CONFIGS, batch, packed_batch, tiny_model
 
-from trainer_ext import SpftError
+from trainer_ext import SpftError, measure_importance
 from trainer_ext.class_column import CLASS_KEY
 
 BATCHES = [batch(seed, rows=4) for seed in range(3)]
@@ -88,3 +88,51 @@ def test_the_model_never_sees_the_classes():
     assert len(seen) == 3
     assert all(CLASS_KEY not in keys for keys in seen)
     assert len(model._forward_pre_hooks) == 0
+
+
+def test_labels_that_the_loss_keeps_to_itself_count_all_the_same():
+    """Label smoothing and losses of one's own take the labels out before the model is called."""
+    padded = [batch(seed, rows=4, padding=True) for seed in range(3)]
+    model = class_model()
+    labelled = with_classes(padded, CLASSES)
+
+    class KeepsLabels:
+        def __init__(self, inputs):
+            self.micro_batches = [inputs]
+
+        def __call__(self, backward):
+            inputs = dict(self.micro_batches[0])
+            labels = inputs.pop("labels")
+            logits = model(**inputs).logits[:, :-1].flatten(0, 1)
+            loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
+            loss.backward()
+            return loss.detach()
+
+    scores = measure_importance(model, map(KeepsLabels, labelled)).scores
+    assert_close_to_oracle(scores, quantile_mean(tiny_model(), padded, CLASSES))
+
+
+def test_a_batch_is_run_again_although_it_brought_new_classes():
+    """An output is first overwritten in the second batch, which has classes the first had not."""
+    model, base = class_model(), tiny_model()
+    layer = model.get_base_model().model.layers[1].mlp.down_proj
+    calls = []
+
+    def overwrite_later(module, inputs, y):
+        calls.append(1)
+        return y.add_(0.0 if len(calls) == 1 else 0.1)
+
+    layer.register_forward_hook(overwrite_later)
+    adds = []
+    base.model.layers[1].mlp.down_proj.register_forward_hook(
+        lambda module, inputs, y: y + (adds.pop() if adds else 0.0)
+    )
+    classes = [[0, 1, 0, 1], [1, 3, 2, 0]]
+    scores = measured(model, with_classes(BATCHES[:2], classes))
+    assert len(calls) == 3  # the second batch ran twice
+    # the oracle makes the same additions: class by class the first batch, which has none, and the
+    # second; classes 2 and 3 are in the second alone
+    adds[:] = [0.0, 0.1, 0.0, 0.1, 0.1, 0.1][::-1]
+    expected = quantile_mean(base, BATCHES[:2], classes)
+    name = "model.layers.1.self_attn.o_proj"
+    assert (scores[name] - expected[name]).abs().max() <= 1e-5 * expected[name].max()

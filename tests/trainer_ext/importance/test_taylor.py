@@ -78,7 +78,7 @@ def test_accumulators_that_the_device_cannot_hold_are_told_in_one_line(monkeypat
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(taylor_module, "ShardedSums", no_room)
-    with pytest.raises(SpftError, match="needs 0.0 GiB on each process for its accumulators"):
+    with pytest.raises(SpftError, match=r"needs 0\.0 GiB on each process for its accumulators"):
         measured(model_for_taylor(), BATCHES["plain"])
 
 

@@ -210,3 +210,11 @@ def test_a_clear_ranking_is_no_warning():
     metric.end_pass()
     assert metric.diagnostics()["rank_correlation"][name] > NOISY_RANKING
     assert metric.warnings() == []
+
+
+def test_layers_that_are_not_used_are_named():
+    """Their estimate is pure noise, not zero."""
+    model = zo_model()
+    model.get_base_model().model.layers[1].mlp.forward = lambda x: x
+    found = measure_importance(model, runs(model, BATCHES))
+    assert found.silent_layers == [f"model.layers.1.mlp.{p}_proj" for p in ("gate", "up", "down")]
