@@ -113,7 +113,6 @@ def run(case: str, seed: int, max_steps: int, folder: Path) -> dict:
         "trainable_parameters": report["trainable_parameters"],
         "agreement_of_halves": calibration["agreement_of_halves"],
         "batches_wanted": calibration["batches_wanted"],
-        "calibration_seconds": calibration["seconds"],
     }
 
 

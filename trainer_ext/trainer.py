@@ -65,7 +65,7 @@ class SpftCallback(TrainerCallback):
             self.scores = load_scores(config.importance_file, model, adapter_name)
             self._warn_of_other_data(config)
         else:
-            self.scores = self.calibrate()
+            self.scores = self._calibrate(model, adapter_name, config)
         selection = select_by_scores(model, self.scores, adapter_name)
         if self.trainer.is_world_process_zero():
             self.scores.save(Path(args.output_dir) / IMPORTANCE_FILE)
