@@ -1,7 +1,7 @@
 """One process of a run under an engine: for every metric, calibrates a tiny model through the live
 engine, trains a few steps, and saves scores, neurons and losses.
 
-    engine_worker.py FOLDER none|ddp|zero1|zero2|zero3|zero3_default
+    engine_worker.py FOLDER none|ddp|zero2|zero3|zero3_default|fsdp2
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from tiny_models import batch, tiny_model
 from transformers import TrainingArguments
@@ -75,6 +75,7 @@ def train(folder: Path, engine: str, metric: str, world: int) -> dict:
         max_grad_norm=0.0,
         ddp_find_unused_parameters=False,  # DDP's search does not go with reentrant checkpointing
         deepspeed=deepspeed_config(engine),
+        **fsdp_arguments(engine),
     )
     rows = ragged_rows()
     if metric != "quantile_mean":
@@ -128,6 +129,17 @@ def deepspeed_config(engine: str) -> dict | None:
     }
 
 
+def fsdp_arguments(engine: str) -> dict:
+    if engine != "fsdp2":
+        return {}
+    config = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"],
+    }
+    return {"fsdp": "full_shard auto_wrap", "fsdp_config": config}
+
+
 def check_engine(trainer, engine: str, world: int) -> None:
     """Launch modes silently fall back to less than was asked for: prove that this one did not."""
     accelerator = trainer.accelerator
@@ -139,13 +151,31 @@ def check_engine(trainer, engine: str, world: int) -> None:
         assert trainer.deepspeed.zero_optimization_stage() == int(engine[4])
         sharded = [hasattr(p, "ds_tensor") for p in trainer.model.parameters()]
         assert all(sharded) if engine[4] == "3" else not any(sharded)
+    elif engine == "fsdp2":
+        assert accelerator.distributed_type == DistributedType.FSDP
+        assert accelerator.is_fsdp2
+        assert all(p.device_mesh.size() == world for p in trainer.model.parameters())
     else:
         expected = DistributedType.MULTI_CPU if world > 1 else DistributedType.NO
         assert accelerator.distributed_type == expected
 
 
+def offer_fsdp_on_cpu() -> None:
+    """accelerate considers FSDP on accelerators only, and runs plain DDP on CPU without a word."""
+    initialise = PartialState.__init__
+
+    def as_on_gpus(self, *args, **kwargs):
+        initialise(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_on_gpus
+
+
 def start(engine: str) -> None:
     """What DeepSpeed needs on CPU: gloo chosen before accelerate looks, and one fix."""
+    if engine == "fsdp2":
+        offer_fsdp_on_cpu()
     if not engine.startswith("zero"):
         return
     os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate runs plain DDP instead

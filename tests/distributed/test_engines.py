@@ -1,6 +1,7 @@
 """The same global batches give the same run under every engine, real processes on gloo: DDP with 2
 and 3, ZeRO-2, ZeRO-3 with 2 and 3 (every parameter partitioned, with padding) and with small
-parameters kept whole. The workers assert engine, stage and world size.
+parameters kept whole, FSDP2 with 2 and 3 (uneven and empty blocks). The workers assert engine,
+stage and world size.
 
 Every process selects the same neurons, bit for bit, and those of one process. Scores agree with one
 process's to 1e-5 of the layer's largest; zo_taylor's, which divide the rounding of an fp32 loss by
@@ -21,6 +22,8 @@ ENGINES = [
     ("zero3", 2),
     ("zero3", 3),
     ("zero3_default", 2),
+    ("fsdp2", 2),
+    ("fsdp2", 3),
 ]
 # 8 units in the last place of a loss near 6 over 2 eps, times sum_j |w_ij| and |z| of order 1
 ZO_TOLERANCE = 1e-3
