@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from tiny_models import batch, packed_batch
+
 from trainer_ext import measure_importance
+
+BATCHES = {
+    "plain": [batch(seed) for seed in range(3)],
+    "padded": [batch(seed, padding=True) for seed in range(3)],
+    "packed": [packed_batch(seed) for seed in range(3)],
+}
 
 
 def runs(model, batches):

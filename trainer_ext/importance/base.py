@@ -11,6 +11,7 @@ from torch import nn
 
 from ..class_column import RowClasses
 from ..config import SpftConfig
+from ..distributed import sum_over_processes
 from ..tuner.layer import SpftLinear
 
 # Runs the loss of one optimizer step's data on this process, with True also its backward; returns
@@ -104,6 +105,10 @@ class ImportanceMetric(ABC):
     def silent_layers(self) -> list[str]:
         """Layers that the data never reached, so that their scores say nothing."""
         return []
+
+    def _unreached(self, passes: dict[str, torch.Tensor]) -> list[str]:
+        """Layers that no process has seen pass, from this process's counts."""
+        return [name for name, count in sum_over_processes(passes).items() if not count.any()]
 
     def warnings(self) -> list[str]:
         """Lines about scores that should not be trusted."""

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-from ..distributed import any_process, mean_over_processes, sum_over_processes
+from ..distributed import any_process, mean_over_processes
 from .base import ImportanceMetric, wide_dtype
 from .taps import Tap, tapped
 
@@ -55,8 +55,7 @@ class OutputProductMetric(ImportanceMetric):
             run_batch(True)
 
     def silent_layers(self) -> list[str]:
-        reached = sum_over_processes({n: p.reached for n, p in self._products.items()})
-        return [name for name, count in reached.items() if not count]
+        return self._unreached({name: p.reached for name, p in self._products.items()})
 
 
 class OutputProduct(Tap):

@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import sum_over_processes, world_size
+from ..distributed import world_size
 from ..errors import SpftError
 from .base import ImportanceMetric
 from .elementwise import sum_over_inputs
@@ -143,8 +143,7 @@ class Taylor(ImportanceMetric):
         return {name: self._found[name][kind] for name in self.layers}
 
     def silent_layers(self):
-        reached = sum_over_processes(self._reached)
-        return [name for name, count in reached.items() if not count]
+        return self._unreached(self._reached)
 
 
 class _WeightGradient(Tap):

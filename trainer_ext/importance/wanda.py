@@ -95,5 +95,4 @@ class Wanda(ImportanceMetric):
         return {name: sums[0] for name, sums in sum_over_inputs(self.layers, terms).items()}
 
     def silent_layers(self):
-        sums = {n: squares.sum(dim=0) for n, squares in self._squares.items()}
-        return [n for n, total in sum_over_processes(sums).items() if not total.any()]
+        return self._unreached({n: squares.sum(dim=0) for n, squares in self._squares.items()})

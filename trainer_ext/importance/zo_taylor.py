@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from ..distributed import mean_over_processes, sum_over_processes
+from ..distributed import mean_over_processes
 from ..stability import rank_correlation
 from .base import ImportanceMetric
 from .elementwise import sum_over_inputs
@@ -40,6 +40,7 @@ class ZoTaylor(ImportanceMetric):
         layouts = {name: layer.shard_layout() for name, layer in layers.items()}
         self._shapes = {name: (layout.rows, layout.columns) for name, layout in layouts.items()}
         self._found: dict[str, torch.Tensor] = {}  # layer name -> (kinds, d_out)
+        self._rank_correlation: dict[str, float] = {}
 
     @contextmanager
     def attached(self, names):
@@ -121,6 +122,10 @@ class ZoTaylor(ImportanceMetric):
             yield weight.abs()
 
         self._found = sum_over_inputs(self.layers, terms, len(kinds) + 1, CHUNK_ELEMENTS)
+        if self._count > 1:
+            for name, scores in self._found.items():
+                *_, even, odd, magnitude = scores.clamp_min(1e-300)
+                self._rank_correlation[name] = rank_correlation(even / magnitude, odd / magnitude)
 
     @property
     def _count(self) -> int:
@@ -141,8 +146,7 @@ class ZoTaylor(ImportanceMetric):
         return {name: self._found[name][kind] for name in self.layers}
 
     def silent_layers(self):
-        reached = sum_over_processes(self._reached)
-        return [name for name, count in reached.items() if not count]
+        return self._unreached(self._reached)
 
     def diagnostics(self):
         """How good the estimate is.
@@ -158,19 +162,14 @@ class ZoTaylor(ImportanceMetric):
             "directions": self._count,
             "gradient_variance": sum(squares) / self._count**2,
         }
-        if self._count > 1:
-            found_scores = {n: s.clamp_min(1e-300) for n, s in self._found.items()}
-            found["rank_correlation"] = {
-                name: rank_correlation(even / magnitude, odd / magnitude)
-                for name, (*_, even, odd, magnitude) in found_scores.items()
-            }
+        if self._rank_correlation:
+            found["rank_correlation"] = self._rank_correlation
         return found
 
     def warnings(self):
-        correlations = self.diagnostics().get("rank_correlation")
-        if not correlations:
+        if not self._rank_correlation:
             return []
-        middle = torch.tensor(list(correlations.values())).median().item()
+        middle = torch.tensor(list(self._rank_correlation.values())).median().item()
         if middle >= NOISY_RANKING:
             return []
         return [

@@ -8,19 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 from adapters import wrapped
-from calibrations import assert_close_to_oracle, measured, runs
+from calibrations import BATCHES, assert_close_to_oracle, measured, runs
 from oracles import group_taylor
-from tiny_models import CONFIGS, batch, packed_batch, tiny_model
+from tiny_models import CONFIGS, batch, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trainer_ext import measure_importance
 from trainer_ext.tuner.model import spft_layers
-
-BATCHES = {
-    "plain": [batch(seed) for seed in range(3)],
-    "padded": [batch(seed, padding=True) for seed in range(3)],
-    "packed": [packed_batch(seed) for seed in range(3)],
-}
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "not"])

@@ -8,21 +8,15 @@ from __future__ import annotations
 import pytest
 import torch
 from adapters import wrapped
-from calibrations import assert_close_to_oracle, measured, runs
+from calibrations import BATCHES, assert_close_to_oracle, measured, runs
 from memory import StorageTracker
 from oracles import taylor
 from peft import get_peft_model
-from tiny_models import CONFIGS, batch, few_tokens, packed_batch, tiny_model, wide_model
+from tiny_models import CONFIGS, few_tokens, tiny_model, wide_model
 
 from trainer_ext import SpftConfig, SpftError, measure_importance
 from trainer_ext.importance import taylor as taylor_module
 from trainer_ext.tuner.model import spft_layers
-
-BATCHES = {
-    "plain": [batch(seed) for seed in range(3)],
-    "padded": [batch(seed, padding=True) for seed in range(3)],
-    "packed": [packed_batch(seed) for seed in range(3)],
-}
 
 
 def model_for_taylor(architecture="llama", **fields):

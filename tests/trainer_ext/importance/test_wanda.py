@@ -7,17 +7,11 @@ from __future__ import annotations
 import pytest
 import torch
 from adapters import wrapped
-from calibrations import assert_close_to_oracle, measured, runs
+from calibrations import BATCHES, assert_close_to_oracle, measured, runs
 from oracles import wanda
-from tiny_models import CONFIGS, batch, packed_batch, tiny_model
+from tiny_models import CONFIGS, batch, tiny_model
 
 from trainer_ext import measure_importance
-
-BATCHES = {
-    "plain": [batch(seed) for seed in range(3)],
-    "padded": [batch(seed, padding=True) for seed in range(3)],
-    "packed": [packed_batch(seed) for seed in range(3)],
-}
 
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "not"])
