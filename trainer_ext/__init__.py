@@ -13,6 +13,7 @@ from .trainer import SpftCallback, SpftTrainer, SpftTrainerMixin
 from .tuner.layer import SpftLinear
 from .tuner.model import SpftModel
 from .tuner.registration import register_spft
+from .tuner.trained import trained_parameters
 
 register_spft()
 
@@ -31,4 +32,5 @@ __all__ = [
     "measure_importance",
     "select_by_scores",
     "select_neurons",
+    "trained_parameters",
 ]

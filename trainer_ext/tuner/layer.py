@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from ..distributed import ShardLayout, read_neurons, write_neurons
 from ..errors import SpftError
 from .functional import add_selected_outputs
+from .trained import mark_trained
 
 
 class NeuronDelta(nn.Module):
@@ -24,6 +25,7 @@ class NeuronDelta(nn.Module):
     def __init__(self, r: int, d_in: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(r, d_in))
+        mark_trained(self.weight)
         self.register_buffer("index", torch.arange(r, dtype=torch.int64))
         self.register_buffer("selected", torch.tensor(False))
         self._read_selected: tuple[torch.Tensor | None, int, bool] = (None, -1, False)
