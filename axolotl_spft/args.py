@@ -49,6 +49,7 @@ _PASSED_ON = (
     "r_pattern",
     "density_pattern",
     "axis",
+    "forward",
     "seed",
 )
 
@@ -123,6 +124,11 @@ class SPFTArgs(BaseModel):
     )
     spft_axis: StrictStr | None = Field(
         default=None, description="What a neuron is: rows (output neurons). Default: rows."
+    )
+    spft_forward: StrictStr | None = Field(
+        default=None,
+        description="auto, delta (adds the update's outputs), or write_through (the base weight's "
+        "selected rows hold the update; needs whole weights). Default: auto.",
     )
     spft_target_modules: list[StrictStr] | StrictStr | None = Field(
         default=None,

@@ -11,7 +11,7 @@ from .scores import ImportanceScores
 from .selection import NeuronSelection, apply_selection, current_selection
 from .trainer import SpftCallback, SpftTrainer, SpftTrainerMixin
 from .tuner.layer import SpftLinear
-from .tuner.model import SpftModel
+from .tuner.model import SpftModel, restore_base, write_through
 from .tuner.registration import register_spft
 from .tuner.trained import trained_parameters
 
@@ -30,7 +30,9 @@ __all__ = [
     "apply_selection",
     "current_selection",
     "measure_importance",
+    "restore_base",
     "select_by_scores",
     "select_neurons",
     "trained_parameters",
+    "write_through",
 ]

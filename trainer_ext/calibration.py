@@ -22,7 +22,7 @@ from .provenance import check_same_model, model_fingerprint, package_versions
 from .scores import ImportanceScores, check_same_layers
 from .selection import NeuronSelection, apply_selection, select_top
 from .stability import Stability, measure_stability
-from .tuner.model import adapter_config, layer_sizes, spft_layers
+from .tuner.model import adapter_config, layer_sizes, restore_base, spft_layers
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,7 @@ def measure_importance(
     """
     config = adapter_config(model, adapter_name)
     layers = spft_layers(model, adapter_name)
+    restore_base(model)  # another adapter may have trained before
     metric = METRIC_CLASSES[config.importance](layers, config, model)
     started = time.perf_counter()
     count = 0
@@ -142,6 +143,7 @@ def load_scores(
     """
     scores = ImportanceScores.load_for(path, layer_sizes(model, adapter_name))
     if "model" in scores.metadata:
+        restore_base(model)
         here = model_fingerprint(model, spft_layers(model, adapter_name))
         try:
             check_same_model(scores.metadata["model"], here)

@@ -31,6 +31,7 @@ METRICS = (
     "random",
 )
 AXES = ("rows",)
+FORWARDS = ("auto", "delta", "write_through")
 ALLOCATIONS = ("uniform", "global")
 PATTERNS = ("r_pattern", "density_pattern")
 
@@ -142,6 +143,14 @@ class SpftConfig(PeftConfig):
         default="rows",
         metadata={"help": "What a neuron is: `rows`, an output neuron with its input weights."},
     )
+    forward: str = field(
+        default="auto",
+        metadata={
+            "help": "How training computes: `delta` adds the update's outputs to the base layer's; "
+            "`write_through` keeps W0 + delta in the base weight's selected rows, and is refused "
+            "where a weight is not whole; `auto` does so where it is, else `delta`."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
@@ -179,6 +188,7 @@ class SpftConfig(PeftConfig):
         check_budget(self.r, self.density)
         check_choice("importance", self.importance, METRICS)
         check_choice("axis", self.axis, AXES)
+        check_choice("forward", self.forward, FORWARDS)
         self._check_allocation()
         check_positive_int("calibration_batches", self.calibration_batches)
         check_positive_int("zo_directions", self.zo_directions)

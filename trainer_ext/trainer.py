@@ -24,7 +24,13 @@ from .provenance import DataFingerprint
 from .report import RunFigures, optimizer_state_bytes, write_report
 from .scores import ImportanceScores
 from .trainer_batches import bare_model, first_batches, may_be_one_shot, untouched
-from .tuner.model import default_task_type, is_selected, layer_sizes
+from .tuner.model import (
+    default_task_type,
+    is_selected,
+    layer_sizes,
+    restore_base,
+    write_through,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +40,9 @@ SELECTION_FILE = "spft_selection.safetensors"
 
 class SpftCallback(TrainerCallback):
     """Selects the neurons when training begins and writes the report when it ends.
+
+    Meanwhile the base weights may hold the update (`SpftConfig.forward`); in the end they are as
+    they were.
 
     Works with any `transformers.Trainer` whose model is a PEFT model with an SPFT adapter:
     `trainer.add_callback(SpftCallback(trainer))`. Selection happens once the engine is fully
@@ -56,10 +65,14 @@ class SpftCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()
         self._step_seconds.clear()
-        if is_selected(model, adapter_name):
-            if self.scores is None:  # else train() was called again, or retried
-                self.scores = self._scores_of_this_run(model, adapter_name)
-            return
+        if not is_selected(model, adapter_name):
+            self._select(model, adapter_name, args)
+        elif self.scores is None:  # else train() was called again, or retried
+            self.scores = self._scores_of_this_run(model, adapter_name)
+        write_through(model, adapter_name)
+
+    def _select(self, model, adapter_name: str, args) -> None:
+        """Choose the neurons, by scores from a file or from calibrating."""
         config = model.peft_config[adapter_name]
         if config.importance_file:
             self.scores = load_scores(config.importance_file, model, adapter_name)
@@ -82,12 +95,18 @@ class SpftCallback(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         self._step_started = time.perf_counter()
 
+    def on_optimizer_step(self, args, state, control, **kwargs) -> None:
+        if self.trainer.is_deepspeed_enabled:  # it steps on copies of the deltas
+            model = bare_model(self.trainer)
+            write_through(model, active_spft_adapter(model))
+
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self._step_started is not None:
             self._step_seconds.append(time.perf_counter() - self._step_started)
             self._step_started = None
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
+        restore_base(bare_model(self.trainer))
         if not self.trainer.is_world_process_zero():
             return
         model = bare_model(self.trainer)

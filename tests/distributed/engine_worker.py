@@ -16,7 +16,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from tiny_models import batch, tiny_model
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from trainer_ext import ImportanceScores, SpftConfig, SpftTrainer
 from trainer_ext.distributed import ShardLayout, read_neurons
@@ -32,6 +32,7 @@ ACCUMULATION = 2
 STEPS = 3
 METRICS = ("magnitude", "random", "wanda", "group_taylor", "taylor", "zo_taylor", "quantile_mean")
 CHECKPOINTED = ("taylor", "group_taylor")
+SHARDED = ("zero3", "zero3_default", "fsdp2")
 
 
 def ragged_rows(count: int = 48) -> list[dict]:
@@ -81,8 +82,12 @@ def train(folder: Path, engine: str, metric: str, world: int) -> dict:
     if metric != "quantile_mean":
         rows = [{k: v for k, v in row.items() if k != "topic"} for row in rows]
     trainer = SpftTrainer(model, arguments, train_dataset=rows, spft_config=config_for(metric))
+    forwards = NotesForward()
+    trainer.add_callback(forwards)
     trainer.train()
     check_engine(trainer, engine, world)
+    # where a process holds whole weights they hold the update while training, else never
+    assert forwards.in_step == {engine not in SHARDED}, forwards.in_step
     layers = spft_layers(trainer.model)
     compact = {name: delta.weight for name, delta in deltas(trainer.model).items()}
     result = {
@@ -100,6 +105,24 @@ def train(folder: Path, engine: str, metric: str, world: int) -> dict:
     del trainer, model, layers
     gc.collect()
     return result
+
+
+class NotesForward(TrainerCallback):
+    """Whether the base weights hold W0 + delta after each step, or nothing of it."""
+
+    def __init__(self):
+        self.in_step: set[bool] = set()
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        for layer in spft_layers(model).values():
+            if layer.written is None:
+                self.in_step.add(False)
+                continue
+            held = layer.get_base_layer().weight[layer.written.index]
+            delta = layer.spft_delta["default"].weight
+            assert torch.equal(held, layer.written.rows + delta)
+            assert delta.abs().sum() > 0
+            self.in_step.add(True)
 
 
 def loss_after_writing(trainer, layers) -> torch.Tensor:

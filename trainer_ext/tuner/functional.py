@@ -1,4 +1,7 @@
-"""The delta path: y + scatter(x deltaᵀ, index), with its own backward.
+"""What a selected update adds to a linear layer's forward and backward, in either form.
+
+The delta path computes y + scatter(x deltaᵀ, index). Where the base weight already holds the update
+(write-through) the forward adds nothing and the backward only delta's gradient.
 
 Shapes: B... any leading dimensions, O = d_out, I = d_in, R selected neurons.
 """
@@ -30,6 +33,41 @@ def add_selected_outputs(
     return _AddSelectedOutputs.apply(y, x, delta, index)
 
 
+def track_selected_outputs(
+    y: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, index: torch.Tensor
+) -> torch.Tensor:
+    """Let delta get its gradient from a linear layer's output that contains its share already.
+
+    grad_delta = grad_y[:, index]ᵀ x; the gradients of y's own graph are as they were.
+
+    Args:
+        y: output (B..., O) of a layer whose weight holds the update. Returned.
+        x, delta, index: as in `add_selected_outputs`; x is all that is kept for the backward, and
+            index.
+    """
+    if torch.compiler.is_compiling():
+        return _TrackSelectedOutputsCompiled.apply(y, x, delta, index)
+    return _TrackSelectedOutputs.apply(y, x, delta, index)
+
+
+def overwrite_selected_outputs(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    rows: torch.Tensor,
+    index: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Replace some neurons' outputs, in place, by those of other weights: x rowsᵀ + bias[index].
+
+    Args:
+        y: output of the layer (B..., O). Overwritten and returned.
+        rows: (R, I) weights of the neurons `index`.
+        bias: (O,) of the layer, or None.
+    """
+    bias = None if bias is None else bias.index_select(0, index)
+    return y.index_copy_(-1, index, torch.nn.functional.linear(x, rows, bias).to(y.dtype))
+
+
 class _AddSelectedOutputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_BO, x_BI, delta_RI, index_R):
@@ -48,7 +86,45 @@ class _AddSelectedOutputs(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             grad_x = (grad_BR @ delta_RI.to(grad_BR.dtype)).to(x_BI.dtype)
         if ctx.needs_input_grad[2]:
-            grad_TR = grad_BR.reshape(-1, grad_BR.shape[-1])
-            x_TI = x_BI.reshape(-1, x_BI.shape[-1]).to(grad_BR.dtype)
-            grad_delta = (grad_TR.t() @ x_TI).to(delta_RI.dtype)
+            grad_delta = _grad_delta(grad_BR, x_BI, delta_RI.dtype)
         return grad_BO, grad_x, grad_delta, None
+
+
+def _grad_delta(grad_BR, x_BI, dtype) -> torch.Tensor:
+    grad_TR = grad_BR.reshape(-1, grad_BR.shape[-1])
+    x_TI = x_BI.reshape(-1, x_BI.shape[-1]).to(grad_BR.dtype)
+    return (grad_TR.t() @ x_TI).to(dtype)
+
+
+class _TrackSelectedOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_BO, x_BI, delta_RI, index_R):
+        # As an in-place function, because an output that is the input as it stands would be a view,
+        # which models that go on in place could not write to.
+        ctx.mark_dirty(y_BO)
+        ctx.save_for_backward(x_BI, index_R)
+        ctx.dtype = delta_RI.dtype
+        return y_BO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BO):
+        x_BI, index_R = ctx.saved_tensors
+        grad_BR = grad_BO.index_select(-1, index_R)
+        return grad_BO, None, _grad_delta(grad_BR, x_BI, ctx.dtype), None
+
+
+class _TrackSelectedOutputsCompiled(torch.autograd.Function):
+    """The same without in-place marks, which the compiler cannot look into; it drops the copy."""
+
+    @staticmethod
+    def forward(ctx, y_BO, x_BI, delta_RI, index_R):
+        ctx.save_for_backward(x_BI, index_R)
+        ctx.dtype = delta_RI.dtype
+        return y_BO.clone()
+
+    @staticmethod
+    def backward(ctx, grad_BO):
+        x_BI, index_R = ctx.saved_tensors
+        grad_BR = grad_BO.index_select(-1, index_R)
+        return grad_BO, None, _grad_delta(grad_BR, x_BI, ctx.dtype), None

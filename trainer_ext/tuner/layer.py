@@ -9,8 +9,13 @@ from transformers.pytorch_utils import Conv1D
 
 from ..distributed import ShardLayout, read_neurons, write_neurons
 from ..errors import SpftError
-from .functional import add_selected_outputs
+from .functional import (
+    add_selected_outputs,
+    overwrite_selected_outputs,
+    track_selected_outputs,
+)
 from .trained import mark_trained
+from .written_rows import WrittenRows, changes_unseen, is_whole, put_back, rewrite, state_of
 
 
 class NeuronDelta(nn.Module):
@@ -71,8 +76,14 @@ class SpftLinear(nn.Module, BaseTunerLayer):
 
     The base weight and bias stay frozen. Several adapters may be active at once; their updates add.
 
+    Where one adapter trains and the base weight is whole, the selected rows of the weight itself
+    hold W0 + delta (write-through): the forward is the plain layer's. With any other set of active
+    adapters the written rows' outputs are replaced by W0's, so the weight need not change between
+    a forward and its backward.
+
     Attributes:
         calibrating: the forward serves to select neurons; an unselected adapter is no mistake then.
+        written: the rows of the base weight that hold an adapter's update, if any do.
     """
 
     adapter_layer_names = ("spft_delta",)
@@ -87,6 +98,9 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         self._rows_before_merge: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._configs: dict[str, object] = {}
         self.calibrating = False
+        self.written: WrittenRows | None = None
+        self._kept_in_file: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.register_load_state_dict_post_hook(_settle_loaded)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
@@ -106,6 +120,8 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        if self.written is not None and self.written.adapter == adapter_name:
+            self.restore()
         super().delete_adapter(adapter_name)
         self._configs.pop(adapter_name, None)
 
@@ -113,24 +129,24 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        y = self.base_layer(x, *args, **kwargs)
+            return self._base_output(x, *args, **kwargs)
         if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.spft_delta]
+        if len(active) == 1 and self._holds_update(active[0]):
+            y = self.base_layer(x, *args, **kwargs)
+            delta = self.spft_delta[active[0]]
+            if delta.weight.requires_grad and torch.is_grad_enabled():
+                y = track_selected_outputs(y, x, delta.weight, delta.index)
             return y
-        for adapter_name in self.active_adapters:
-            if adapter_name not in self.spft_delta:
-                continue
+        y = self._base_output(x, *args, **kwargs)
+        for adapter_name in active:
             delta = self.spft_delta[adapter_name]
             # A compiled graph must not depend on the flag: it may be filled in after compiling.
             # Adding an unselected adapter's zeros gives the same.
             if torch.compiler.is_compiling() or delta.is_selected:
                 y = delta(y, x)
-            elif (
-                self.training
-                and torch.is_grad_enabled()
-                and delta.weight.requires_grad
-                and not self.calibrating
-            ):
+            elif self._trains(delta):
                 raise SpftError(
                     f"SPFT adapter {adapter_name!r} is being trained before its neurons are "
                     "selected; train with SpftTrainer or SpftCallback, or call "
@@ -138,6 +154,100 @@ class SpftLinear(nn.Module, BaseTunerLayer):
                 )
             # Not selected and not trained: delta is zero, the layer is the base layer.
         return y
+
+    def _trains(self, delta: NeuronDelta) -> bool:
+        return (
+            self.training
+            and torch.is_grad_enabled()
+            and delta.weight.requires_grad
+            and not self.calibrating
+        )
+
+    def _base_output(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The base layer's output by W0, whatever is written in its weight."""
+        y = self.base_layer(x, *args, **kwargs)
+        if self.written is None:
+            return y
+        bias = self.get_base_layer().bias
+        return overwrite_selected_outputs(y, x, self.written.rows, self.written.index, bias)
+
+    def _holds_update(self, adapter_name: str) -> bool:
+        """Whether the base weight holds W0 + the adapter's delta; sees to it where that is due."""
+        written = self.written
+        if torch.compiler.is_compiling():
+            return written is not None and written.adapter == adapter_name
+        delta = self.spft_delta[adapter_name]
+        if written is None:
+            if not self._trains(delta) or changes_unseen(delta.weight):
+                return False
+            if not self.write_through(adapter_name):
+                return False
+            rewrite([self])
+            return True
+        weight = self.get_base_layer().weight
+        if written.adapter != adapter_name or not is_whole(weight):
+            return False
+        if written.seen != state_of(delta):
+            if not self.write_through(adapter_name):
+                return False
+            rewrite([self])
+        return True
+
+    def write_through(self, adapter_name: str) -> bool:
+        """Keep W0's rows of the adapter's neurons, so that `rewrite` may write them.
+
+        Returns:
+            whether it may: the adapter's neurons are selected, its configuration allows it, no
+            adapter is merged and the base weight is whole. What is written is put back otherwise.
+
+        Raises:
+            SpftError: `forward` is "write_through" and the weight is sharded, shared or offloaded.
+        """
+        delta, mode = self.spft_delta[adapter_name], self._configs[adapter_name].forward
+        whole = is_whole(self.get_base_layer().weight)
+        if mode == "write_through" and not whole:
+            raise SpftError(
+                "`forward` is 'write_through' but a layer's weight is sharded, offloaded or used "
+                "by another module too; set it to 'auto' or 'delta'"
+            )
+        possible = mode != "delta" and whole and delta.is_selected and not self.merged
+        written = self.written
+        if written is not None and (
+            not possible or written.adapter != adapter_name or not written.is_for(delta)
+        ):
+            self.restore()
+        if possible and self.written is None:
+            index = delta.index.clone()
+            self.written = WrittenRows(adapter_name, index, self.rows(index).clone())
+        return possible
+
+    def restore(self) -> None:
+        """Put W0 back, bit for bit, where rows of the base weight hold an adapter's update."""
+        if self.written is not None:
+            put_back(self)
+            self.written = None
+
+    def _apply(self, fn, recurse: bool = True):
+        # The kept rows go where the weight goes. As a buffer, DDP would send them in every forward.
+        super()._apply(fn, recurse)
+        if self.written is not None:
+            self.written = self.written.moved(fn)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.written is not None:
+            # The weight is saved as it is, to spare a copy of it. With these whoever loads the
+            # whole model gets W0: beside a delta, written rows would count twice.
+            destination[prefix + _KEPT_ROWS] = self.written.rows
+            destination[prefix + _KEPT_INDEX] = self.written.index
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        rows, index = (state_dict.pop(prefix + key, None) for key in (_KEPT_ROWS, _KEPT_INDEX))
+        if prefix + "base_layer.weight" in state_dict:
+            # Nothing of what is in the weight now will be left.
+            self._kept_in_file = (index, rows)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write W + delta into the selected rows of the base weight, rounded to its dtype.
@@ -147,6 +257,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         Raises:
             SpftError: with `safe_merge`, a merged row is not finite; the weight is left as it was.
         """
+        self.restore()
         for name in check_adapters_to_merge(self, adapter_names) or []:
             if name not in self.spft_delta:
                 continue
@@ -154,7 +265,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             old_rows = self.rows(delta.index).clone()
             new_rows = old_rows
             if delta.is_selected:
-                new_rows = (old_rows.float() + delta.weight.detach().float()).to(old_rows.dtype)
+                new_rows = (delta.weight.detach() + old_rows).to(old_rows.dtype)
             if safe_merge and not torch.isfinite(new_rows).all():
                 raise SpftError(
                     f"adapter {name!r} has non-finite values and was not merged; "
@@ -179,7 +290,13 @@ class SpftLinear(nn.Module, BaseTunerLayer):
 
         Under an engine that shards the weight, all processes must ask for the same.
         """
-        return read_neurons(self.get_base_layer().weight, self.shard_layout(), index)
+        rows = read_neurons(self.get_base_layer().weight, self.shard_layout(), index)
+        if self.written is not None:
+            kept = self.written.index
+            place = torch.searchsorted(kept, index).clamp(max=kept.numel() - 1)
+            is_kept = (kept[place] == index)[:, None]
+            rows = torch.where(is_kept, self.written.rows[place], rows)
+        return rows
 
     def _write_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
         write_neurons(self.get_base_layer().weight, self.shard_layout(), index, rows)
@@ -197,6 +314,21 @@ class SpftLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "spft." + super().__repr__()
+
+
+_KEPT_ROWS, _KEPT_INDEX = "kept_rows", "kept_index"
+
+
+def _settle_loaded(layer: SpftLinear, incompatible_keys) -> None:
+    """Put the base weight in order after a state dict has been loaded into it or the adapter."""
+    written = layer.written
+    if layer._kept_in_file is not None:
+        index, rows = layer._kept_in_file
+        layer._kept_in_file = layer.written = None
+        if rows is not None:
+            layer._write_rows(index, rows)
+    if written is not None and layer.write_through(written.adapter):
+        rewrite([layer])
 
 
 def is_linear(layer: nn.Module) -> bool:

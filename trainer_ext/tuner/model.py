@@ -18,6 +18,7 @@ from .targets import (
     refuse_tied_target,
     warn_of_untrained,
 )
+from .written_rows import note_lone_weights, rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +51,17 @@ class SpftModel(BaseTuner):
             config.target_modules = sorted(config.target_modules)
         # refuses a pattern that matched no linear layer
         layers = spft_layers(model, adapter_name)
+        note_lone_weights(model, layers.values())
         if all(layer.spft_delta[adapter_name].is_selected for layer in layers.values()):
             logger.warning(
                 "adapter %r has the configuration of another adapter and starts with its neurons; "
                 "give it a configuration of its own to select anew",
                 adapter_name,
             )
+
+    def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
+        restore_base(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     def _create_and_replace(
         self,
@@ -144,6 +150,36 @@ def deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, NeuronD
         name: layer.spft_delta[adapter_name]
         for name, layer in spft_layers(model, adapter_name).items()
     }
+
+
+def write_through(model: nn.Module, adapter_name: str = "default") -> bool:
+    """Let the base weights hold W0 + delta of an adapter, in its selected rows, from now on.
+
+    Training forwards see to this by themselves, and the rows follow every step of a torch optimizer
+    and every loaded state dict. Call it where that is not seen: before `torch.compile`, after a
+    step of a DeepSpeed engine in a loop of your own, and after writes through `.data`.
+
+    Returns:
+        whether any layer's weight is written: with `forward: auto`, those that are whole.
+
+    Raises:
+        SpftError: no layer carries the adapter, or `forward` is "write_through" and a weight is
+            sharded, offloaded or used by another module too.
+    """
+    layers = spft_layers(model, adapter_name).values()
+    written = [layer for layer in layers if layer.write_through(adapter_name)]
+    rewrite(written)
+    return bool(written)
+
+
+def restore_base(model: nn.Module) -> None:
+    """Put W0 back, bit for bit, wherever base weights hold an adapter's update.
+
+    The model computes the same afterwards, by the delta path, until it is trained again.
+    """
+    for module in model.modules():
+        if isinstance(module, SpftLinear):
+            module.restore()
 
 
 def is_selected(model: nn.Module, adapter_name: str = "default") -> bool:

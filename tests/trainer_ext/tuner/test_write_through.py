@@ -1,0 +1,353 @@
+"""Write-through: a training layer's forward is the plain layer's on round(W0 + delta), and its
+gradients are the dense layer's for the selected rows, whichever adapters are active between. The
+rows follow the delta, and weights that are not whole are never written."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from adapters import fill_deltas, selected, trained
+from peft import get_peft_model, get_peft_model_state_dict
+from tiny_models import batch, tiny_model
+from written import base_weights, gradients, is_base, logits, originals, training, without_dropout
+
+from trainer_ext import SpftConfig, SpftError, restore_base, select_neurons, write_through
+from trainer_ext.tuner.model import deltas, spft_layers
+
+ARCHITECTURES = ["llama", "llama_bias", "gpt2"]
+
+
+# The computation
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_forward_is_the_merged_models_to_the_bit(architecture, dtype):
+    model = training(architecture, dtype)
+    merged = without_dropout(trained(architecture, dtype).merge_and_unload())
+    assert torch.equal(model(**batch()).logits, merged(**batch()).logits)
+    assert torch.equal(logits(model.eval()), logits(merged))
+
+
+@pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "not"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_gradients_equal_the_delta_paths(architecture, checkpointing):
+    ours = without_dropout(trained(architecture).train())
+    theirs = without_dropout(trained(architecture, forward="delta").train())
+    for model in (ours, theirs):
+        if checkpointing is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    write_through(ours)
+    expected = gradients(theirs, batch(padding=True))
+    assert all(layer.written is None for layer in spft_layers(theirs).values())
+    for name, gradient in gradients(ours, batch(padding=True)).items():
+        scale = expected[name].abs().max()
+        assert (gradient - expected[name]).abs().max() <= 1e-5 * scale
+
+
+# AdamW turns rounding noise in near-zero gradients into full-size updates. An epsilon of 1e-3 is
+# well above that noise (1e-8; the gradients here are 1e-2 to 1).
+ADAMW = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.0}
+
+
+def run_compact(architecture, forward, steps=50):
+    model = without_dropout(selected(architecture, forward=forward).train())
+    optimizer = torch.optim.AdamW([d.weight for d in deltas(model).values()], **ADAMW)
+    losses = []
+    for step in range(steps):
+        loss = model(**batch(step % 7)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    written = {layer.written is not None for layer in spft_layers(model).values()}
+    assert written == {forward != "delta"}
+    restore_base(model)
+    assert is_base(model, architecture)
+    return losses, {n: d.weight.detach() for n, d in deltas(model).items()}
+
+
+def run_dense(architecture, steps=50):
+    """All weights trained, the gradients of all but the selected rows set to zero."""
+    index = {n: d.index for n, d in deltas(selected(architecture)).items()}
+    model = without_dropout(tiny_model(architecture).requires_grad_(False).train())
+    rows = {}
+    for name, chosen in index.items():
+        module = model.get_submodule(name)
+        weight = module.weight.requires_grad_(True)
+        rows[name] = (lambda w: w.t()) if type(module).__name__ == "Conv1D" else (lambda w: w)
+        mask = rows[name](torch.zeros_like(rows[name](weight.detach())).index_fill(0, chosen, 1))
+        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
+    start = {n: rows[n](model.get_submodule(n).weight.detach().clone()) for n in index}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAMW)
+    losses = []
+    for step in range(steps):
+        loss = model(**batch(step % 7)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    moved = {n: rows[n](model.get_submodule(n).weight.detach()) - start[n] for n in index}
+    return losses, {n: moved[n][chosen] for n, chosen in index.items()}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fifty_steps_equal_the_delta_path_and_dense_masked_training(architecture):
+    losses, adapter = run_compact(architecture, "auto")
+    for other_losses, other in (run_compact(architecture, "delta"), run_dense(architecture)):
+        torch.testing.assert_close(losses, other_losses, rtol=1e-6, atol=0)
+        for name, delta in adapter.items():
+            assert (delta - other[name]).norm() <= 1e-5 * other[name].norm()
+
+
+def test_bf16_rows_are_the_rounded_sum_and_small_updates_are_not_lost():
+    model = selected(dtype=torch.bfloat16).train()
+    model(**batch())
+    layer, delta = next(iter(spft_layers(model).values())), next(iter(deltas(model).values()))
+    assert delta.weight.dtype == torch.float32
+    before = layer.rows(delta.index)
+    optimizer = torch.optim.SGD([delta.weight], lr=1.0)
+    for step in range(1, 65):
+        # an eighth of bf16's least step: each alone is rounded away
+        delta.weight.grad = -before.float() * 2**-11
+        optimizer.step()
+        exact = before.float() + delta.weight.detach()
+        written = layer.get_base_layer().weight[delta.index]
+        assert torch.equal(written, exact.to(torch.bfloat16))
+        if step == 1:
+            assert torch.equal(written, before)
+    assert ((written.abs() > before.abs()) | (before == 0)).all()
+    assert torch.equal(layer.rows(delta.index), before)
+
+
+def test_autocast_trains_an_fp32_base_in_bf16():
+    ours, theirs = training(), trained(forward="delta").train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = gradients(ours, batch()), gradients(theirs, batch())
+    for name, gradient in expected.items():
+        assert got[name].dtype == torch.float32
+        assert (got[name] - gradient).norm() <= 2**-5 * gradient.norm()
+
+
+def test_a_compiled_model_equals_eager():
+    eager, compiled = training(), training()
+    expected = gradients(eager, batch())
+    step = torch.compile(lambda data: compiled(**data).loss, backend="aot_eager")
+    for _ in range(2):
+        compiled.zero_grad()
+        step(batch()).backward()
+        for name, delta in deltas(compiled).items():
+            torch.testing.assert_close(delta.weight.grad, expected[name], rtol=1e-4, atol=1e-6)
+        # a step changes delta and rows alike; the graph must use the new ones
+        for model in (eager, compiled):
+            optimizer = torch.optim.SGD([d.weight for d in deltas(model).values()], lr=0.1)
+            for name, delta in deltas(model).items():
+                delta.weight.grad = expected[name]
+            optimizer.step()
+        expected = gradients(eager, batch())
+        with torch.no_grad():
+            assert torch.allclose(step(batch()), eager(**batch()).loss, rtol=1e-5)
+
+
+# Other sets of adapters
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_reference_forward_between_forward_and_backward(architecture):
+    model = training(architecture)
+    expected = gradients(model, batch())
+    model.zero_grad()
+    versions = {n: w._version for n, w in base_weights(model).items()}
+    loss = model(**batch()).loss
+    with torch.no_grad(), model.disable_adapter():
+        reference = model(**batch(5)).logits
+    loss.backward()
+    assert {n: w._version for n, w in base_weights(model).items()} == versions
+    for name, delta in deltas(model).items():
+        assert torch.equal(delta.weight.grad, expected[name])
+    torch.testing.assert_close(
+        reference, logits(without_dropout(tiny_model(architecture)), batch(5)), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_a_reference_adapter_between_forward_and_backward():
+    model = selected().train()
+    model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
+    fill_deltas(model, "ref", scale=0.02)
+    model.set_adapter("default")
+    fill_deltas(model)
+    expected = gradients(model, batch())
+    model.zero_grad()
+    loss = model(**batch()).loss
+    model.set_adapter("ref")
+    with torch.no_grad():
+        reference = model(**batch()).logits
+    model.set_adapter("default")
+    loss.backward()
+    for name, delta in deltas(model).items():
+        assert torch.equal(delta.weight.grad, expected[name])
+    restore_base(model)
+    model.set_adapter("ref")
+    torch.testing.assert_close(reference, logits(model), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_flow_through_a_disabled_adapter_as_through_the_base():
+    model = training("llama_bias")
+    model.enable_input_require_grads()
+    inputs = model.get_input_embeddings()(batch()["input_ids"]).detach()
+    results = []
+    for network in (model, tiny_model("llama_bias")):
+        x = inputs.clone().requires_grad_()
+        data = {"inputs_embeds": x, "labels": batch()["labels"]}
+        if network is model:
+            with model.disable_adapter():
+                model(**data).loss.backward()
+        else:
+            network(**data).loss.backward()
+        results.append(x.grad)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+def test_two_active_adapters_add_and_train_beside_written_rows():
+    model, plain = training(), trained()
+    for network in (model, plain):
+        network.add_adapter("other", SpftConfig(r=3, importance="random", seed=7))
+        select_neurons(network, adapter_name="other")
+        fill_deltas(network, "other", scale=0.1)
+        network.set_adapter("default")
+    write_through(model)
+    for network in (model, plain):
+        network.base_model.set_adapter(["default", "other"])
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
+    for active in ("default", "other"):
+        model.set_adapter(active)
+        plain.set_adapter(active)
+        torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
+    # the written adapter is another one: `other` trains by the delta path
+    model.train()
+    plain.train()
+    for network in (model, plain):
+        network.zero_grad()
+        network(**batch()).loss.backward()
+    for name, delta in deltas(model, "other").items():
+        torch.testing.assert_close(
+            delta.weight.grad, deltas(plain, "other")[name].weight.grad, rtol=1e-4, atol=1e-6
+        )
+    write_through(model, "other")
+    assert {layer.written.adapter for layer in spft_layers(model).values()} == {"other"}
+    torch.testing.assert_close(logits(model), logits(plain), rtol=1e-5, atol=1e-5)
+    model.delete_adapter("other")
+    assert is_base(model)
+
+
+def test_rows_are_the_base_weights_whatever_is_written():
+    model = training()
+    for name, layer in spft_layers(model).items():
+        everything = torch.arange(layer.out_features).flip(0)
+        assert torch.equal(layer.rows(everything), originals()[name].flip(0))
+
+
+# The rows follow the delta
+
+
+def test_rows_follow_optimizers_loads_and_direct_writes():
+    model = training()
+    layer, delta = next(iter(spft_layers(model).values())), next(iter(deltas(model).values()))
+    base = layer.rows(delta.index)
+
+    def in_step() -> bool:
+        written = layer.get_base_layer().weight[delta.index]
+        return torch.equal(written, base + delta.weight.detach())
+
+    optimizer = torch.optim.AdamW([d.weight for d in deltas(model).values()], lr=0.1)
+    model(**batch()).loss.backward()
+    optimizer.step()
+    assert in_step()  # by the optimizer's hook, before any forward
+    state = {
+        key: value + 1
+        for key, value in get_peft_model_state_dict(model).items()
+        if key.endswith("weight")
+    }
+    model.load_state_dict(
+        {key.replace("spft_delta", "spft_delta.default"): value for key, value in state.items()},
+        strict=False,
+    )
+    assert in_step()
+    with torch.no_grad():
+        delta.weight.mul_(2)
+    assert not in_step()
+    model(**batch())
+    assert in_step()
+    delta.weight.data.mul_(2)
+    write_through(model)
+    assert in_step()
+
+
+def test_another_selection_moves_the_written_rows():
+    model = selected().train()
+    model(**batch())
+    other = {n: (d.index + 1) for n, d in deltas(model).items()}
+    for name, delta in deltas(model).items():
+        delta.select(other[name])
+    fill_deltas(model)
+    model(**batch())
+    for name, layer in spft_layers(model).items():
+        assert torch.equal(layer.written.index, other[name])
+    restore_base(model)
+    assert is_base(model)
+
+
+def test_moving_to_another_dtype_takes_the_kept_rows_along():
+    model = training()
+    model.to(torch.bfloat16)
+    model(**batch())
+    assert {layer.written.rows.dtype for layer in spft_layers(model).values()} == {torch.bfloat16}
+    restore_base(model)
+    expected = {name: w.to(torch.bfloat16) for name, w in originals().items()}
+    assert all(torch.equal(w, expected[n]) for n, w in base_weights(model).items())
+
+
+# Weights that are not whole
+
+
+def test_a_weight_that_two_modules_hold_is_not_written():
+    base = tiny_model()
+    base.model.layers[1].mlp.up_proj.weight = base.model.layers[0].mlp.up_proj.weight
+    model = get_peft_model(base, SpftConfig(r=4, importance="random"))
+    select_neurons(model)
+    fill_deltas(model)
+    model.train()(**batch())
+    layers = spft_layers(model)
+    shared = {name for name, layer in layers.items() if layer.written is None}
+    assert shared == {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
+    for delta in layers["model.layers.0.mlp.up_proj"]._configs.values():
+        delta.forward = "write_through"
+    with pytest.raises(SpftError, match="used by another module"):
+        model(**batch())
+
+
+def test_a_weight_put_in_anothers_place_is_not_written():
+    """As FSDP2 does in every forward: what is written to such a weight is lost."""
+    model = training()
+    expected = logits(model)
+    for layer in spft_layers(model).values():
+        base = layer.get_base_layer()
+        base.weight = torch.nn.Parameter(base.weight.detach().clone(), requires_grad=False)
+    versions = {n: w._version for n, w in base_weights(model).items()}
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    gradients(model, batch())
+    assert {n: w._version for n, w in base_weights(model).items()} == versions
+    assert not write_through(model)
+    assert is_base(model)
+    model(**batch())
+    assert all(layer.written is None for layer in spft_layers(model).values())
+
+
+def test_forward_delta_never_writes():
+    model = trained(forward="delta").train()
+    model(**batch())
+    assert not write_through(model)
+    assert is_base(model)

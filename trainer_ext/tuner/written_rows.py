@@ -1,0 +1,151 @@
+"""Rows of a base weight that hold W0 + delta while an adapter trains, with W0's own kept.
+
+The forward of such a layer is the plain linear layer's. Every rewriting starts from the kept rows,
+so nothing adds up, and whatever interrupts it, the next forward or `restore` sets things right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..distributed import ShardLayout, write_neurons
+
+_ALONE = "_spft_alone"
+_BUCKET_ELEMENTS = 2**24  # of deltas that are added to their rows in one operation
+
+
+@dataclass
+class WrittenRows:
+    """What a layer keeps while its base weight holds an adapter's update.
+
+    Attributes:
+        adapter: name of the adapter.
+        index: int64 (r,), the rows that are written.
+        rows: (r, d_in), what the base weight had there, in its own dtype.
+        seen: `state_of` the delta that the rows hold; None while they hold something uncertain.
+    """
+
+    adapter: str
+    index: torch.Tensor
+    rows: torch.Tensor
+    seen: tuple | None = None
+
+    def is_for(self, delta) -> bool:
+        """Whether these are the neurons of a NeuronDelta; looks at the device only if unsure."""
+        unchanged = self.seen is not None and self.seen[2:] == state_of(delta)[2:]
+        return unchanged or torch.equal(self.index, delta.index)
+
+    def moved(self, fn) -> WrittenRows:
+        """The same after `nn.Module._apply`, which moves or casts the weight."""
+        return WrittenRows(self.adapter, fn(self.index), fn(self.rows), None)
+
+
+def state_of(delta) -> tuple:
+    """Changes whenever a NeuronDelta's weight or index does, but for writes through `.data`."""
+    weight, index = delta.weight, delta.index
+    return weight.data_ptr(), weight._version, index.data_ptr(), index._version
+
+
+def note_lone_weights(model: nn.Module, layers: Iterable) -> None:
+    """Remember the base weights that nothing else in the model holds.
+
+    Engines that put another tensor in a weight's place (FSDP2 does in every forward) lose the note,
+    and such a weight must not be written: what is written would be lost.
+    """
+    holders: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        holders[id(parameter)] = holders.get(id(parameter), 0) + 1
+    for layer in layers:
+        weight = layer.get_base_layer().weight
+        setattr(weight, _ALONE, holders.get(id(weight)) == 1)
+
+
+def is_whole(weight: torch.Tensor) -> bool:
+    """Whether this process holds all of a dense weight, for itself and for good."""
+    return (
+        getattr(weight, _ALONE, False)
+        and not hasattr(weight, "ds_tensor")  # ZeRO-3
+        and not hasattr(weight, "placements")  # FSDP2, tensor parallelism
+        and weight.device.type != "meta"
+        and weight.is_floating_point()
+    )
+
+
+def changes_unseen(weight: torch.Tensor) -> bool:
+    """Whether DeepSpeed owns a trained parameter: it steps on copies and writes through `.data`."""
+    return hasattr(weight, "_hp_mapping")
+
+
+@torch.no_grad()
+def rewrite(layers: Iterable) -> None:
+    """Write round(W0 + delta) into the written rows of SPFT layers, the sum in the wider dtype."""
+    for bucket in _buckets(layers):
+        for layer, written, _ in bucket:
+            written.seen = None
+            _write_from_now_on(layer)
+        sums = torch._foreach_add(
+            [delta.weight.detach() for _, _, delta in bucket],
+            [written.rows for _, written, _ in bucket],
+        )
+        for (layer, written, delta), rows in zip(bucket, sums, strict=True):
+            _put(layer, written.index, rows)
+            written.seen = state_of(delta)
+
+
+@torch.no_grad()
+def put_back(layer) -> None:
+    """Write W0's own rows back; the layer still counts as written, with an uncertain content."""
+    layer.written.seen = None
+    _put(layer, layer.written.index, layer.written.rows)
+
+
+def _put(layer, index: torch.Tensor, rows: torch.Tensor) -> None:
+    weight = layer.get_base_layer().weight
+    write_neurons(weight, ShardLayout.of(weight, layer.is_conv1d), index, rows)
+
+
+def _buckets(layers: Iterable) -> Iterator[list[tuple]]:
+    """Layers of one device with their written rows and deltas, so many at a time that the sums stay
+    small beside a model."""
+    bucket, size = [], 0
+    for layer in layers:
+        item = (layer, layer.written, layer.spft_delta[layer.written.adapter])
+        count = item[1].rows.numel()
+        if bucket and (
+            size + count > _BUCKET_ELEMENTS or item[1].rows.device != bucket[0][1].rows.device
+        ):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(item)
+        size += count
+    if bucket:
+        yield bucket
+
+
+# Layers whose rows follow the steps of any torch optimizer that holds their delta.
+_following: weakref.WeakSet = weakref.WeakSet()
+_hook = None
+
+
+def _write_from_now_on(layer) -> None:
+    global _hook
+    _following.add(layer)
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_step)
+
+
+def _after_step(optimizer, args, kwargs) -> None:
+    following = [layer for layer in _following if layer.written is not None]
+    if following:
+        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        rewrite(
+            layer
+            for layer in following
+            if id(layer.spft_delta[layer.written.adapter].weight) in stepped
+        )
