@@ -142,5 +142,5 @@ def test_write_through_by_name_is_refused_where_a_weight_is_shared(tmp_path):
     base.model.layers[1].mlp.up_proj.weight = base.model.layers[0].mlp.up_proj.weight
     config = SpftConfig(r=4, importance="random", forward="write_through")
     run = SpftTrainer(base, arguments(tmp_path), train_dataset=dataset(8), spft_config=config)
-    with pytest.raises(SpftError, match="forward is 'write_through' but .* another module"):
+    with pytest.raises(SpftError, match="forward is 'write_through'"):
         run.train()

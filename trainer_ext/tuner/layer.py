@@ -316,7 +316,8 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         return "spft." + super().__repr__()
 
 
-_KEPT_ROWS, _KEPT_INDEX = "kept_rows", "kept_index"
+# Names that also lead to the tensors by attributes, as torch.distributed.checkpoint asks.
+_KEPT_ROWS, _KEPT_INDEX = "written.rows", "written.index"
 
 
 def _settle_loaded(layer: SpftLinear, incompatible_keys) -> None:

@@ -1,12 +1,17 @@
 """The delta path equals y + x (scatter(delta, index))ᵀ computed densely, forward and backward, and
-keeps x, delta and index alone for the backward, x as the very tensor that came in."""
+keeps x, delta and index alone for the backward, x as the very tensor that came in. Tracking gives
+the same gradients for a weight that holds the update already, and keeps x and index alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from trainer_ext.tuner.functional import add_selected_outputs
+from trainer_ext.tuner.functional import (
+    add_selected_outputs,
+    overwrite_selected_outputs,
+    track_selected_outputs,
+)
 
 D_IN, D_OUT, R = 12, 20, 5
 
@@ -28,10 +33,16 @@ def delta_path(x, weight, delta, index):
     return add_selected_outputs(torch.nn.functional.linear(x, weight), x, delta, index)
 
 
+def tracked(x, weight, delta, index):
+    held = weight.index_add(0, index, delta.detach().to(weight.dtype))
+    return track_selected_outputs(torch.nn.functional.linear(x, held), x, delta, index)
+
+
+@pytest.mark.parametrize("path", [delta_path, tracked])
 @pytest.mark.parametrize("leading", [(7,), (2, 7), (2, 3, 4)])
-def test_forward_and_backward_equal_the_dense_layer(leading):
+def test_forward_and_backward_equal_the_dense_layer(leading, path):
     x, weight, delta, index = make(leading=leading)
-    expected, got = dense(x, weight, delta, index), delta_path(x, weight, delta, index)
+    expected, got = dense(x, weight, delta, index), path(x, weight, delta, index)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
     upstream = torch.randn_like(expected)
     for a, b in zip(
@@ -47,11 +58,12 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda x, d: delta_path(x, weight, d, index), (x, delta))
 
 
+@pytest.mark.parametrize("path", [delta_path, tracked])
 @pytest.mark.parametrize("frozen", ["x", "delta"])
-def test_only_what_is_asked_for_gets_a_gradient(frozen):
+def test_only_what_is_asked_for_gets_a_gradient(frozen, path):
     x, weight, delta, index = make()
     (x if frozen == "x" else delta).requires_grad_(False)
-    delta_path(x, weight, delta, index).sum().backward()
+    path(x, weight, delta, index).sum().backward()
     assert (x.grad is None) == (frozen == "x")
     assert (delta.grad is None) == (frozen == "delta")
 
@@ -78,6 +90,34 @@ def test_saves_the_input_itself_and_nothing_of_the_output_size():
     assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in (x, delta, index))
 
 
+def test_tracking_keeps_the_input_itself_and_gives_back_the_output_itself():
+    x, weight, delta, index = make(leading=(50,))
+    y = torch.nn.functional.linear(x, weight)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = track_selected_outputs(y, x, delta, index)
+    assert out.data_ptr() == y.data_ptr()
+    assert not out._is_view()  # else models could not go on in place
+    out.mul_(2).sum().backward()
+    assert sorted(t.data_ptr() for t in saved) == sorted(t.data_ptr() for t in (x, index))
+    expected = 2 * x.detach().sum(0).expand_as(delta)
+    torch.testing.assert_close(delta.grad, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+def test_overwritten_outputs_are_another_weights(with_bias):
+    x, weight, rows, index = make()
+    bias = torch.randn(D_OUT, dtype=x.dtype) if with_bias else None
+    got = overwrite_selected_outputs(
+        torch.nn.functional.linear(x, weight, bias), x, rows, index, bias
+    )
+    expected = torch.nn.functional.linear(x, weight.index_copy(0, index, rows), bias)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(out, x, upstream)[0] for out in (got, expected))
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
 def test_two_layers_keep_one_copy_of_a_shared_input_under_autocast():
     x, _, delta, index = make(torch.float32)
     saved = []
@@ -89,10 +129,11 @@ def test_two_layers_keep_one_copy_of_a_shared_input_under_autocast():
     assert {t.data_ptr() for t in saved if t.shape == x.shape} == {x.data_ptr()}
 
 
-def test_compiled_equals_eager():
+@pytest.mark.parametrize("path", [delta_path, tracked])
+def test_compiled_equals_eager(path):
     x, weight, delta, index = make(torch.float32)
-    compiled = torch.compile(delta_path, backend="aot_eager", fullgraph=True)
-    expected, got = delta_path(x, weight, delta, index), compiled(x, weight, delta, index)
+    compiled = torch.compile(path, backend="aot_eager", fullgraph=True)
+    expected, got = path(x, weight, delta, index), compiled(x, weight, delta, index)
     torch.testing.assert_close(got, expected)
     upstream = torch.randn_like(expected)
     for a, b in zip(

@@ -10,6 +10,7 @@ import torch
 from adapters import fill_deltas, selected, trained
 from peft import get_peft_model_state_dict
 from tiny_models import batch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from written import base_weights, gradients, is_base, logits, originals, training
 
 from trainer_ext import restore_base
@@ -158,6 +159,14 @@ def test_the_whole_models_state_dict_holds_w0(into):
     other.load_state_dict(state, strict=True)
     torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
     restore_base(other)
+    assert is_base(other)
+
+
+def test_distributed_checkpoints_hold_w0():
+    model, other = training(), selected(seed=3)
+    state = {key: value.clone() for key, value in get_model_state_dict(model).items()}
+    set_model_state_dict(other, state)
+    torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
     assert is_base(other)
 
 
