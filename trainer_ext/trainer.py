@@ -69,7 +69,8 @@ class SpftCallback(TrainerCallback):
             self._select(model, adapter_name, args)
         elif self.scores is None:  # else train() was called again, or retried
             self.scores = self._scores_of_this_run(model, adapter_name)
-        write_through(model, adapter_name)
+        written = write_through(model, adapter_name)
+        self.logger.info("SPFT forward: %s", "write_through" if written else "delta")
 
     def _select(self, model, adapter_name: str, args) -> None:
         """Choose the neurons, by scores from a file or from calibrating."""

@@ -178,19 +178,16 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             return written is not None and written.adapter == adapter_name
         delta = self.spft_delta[adapter_name]
         if written is None:
-            if not self._trains(delta) or changes_unseen(delta.weight):
-                return False
-            if not self.write_through(adapter_name):
-                return False
-            rewrite([self])
-            return True
-        weight = self.get_base_layer().weight
-        if written.adapter != adapter_name or not is_whole(weight):
+            due = self._trains(delta) and not changes_unseen(delta.weight)
+        elif written.adapter != adapter_name or not is_whole(self.get_base_layer().weight):
             return False
-        if written.seen != state_of(delta):
-            if not self.write_through(adapter_name):
-                return False
-            rewrite([self])
+        else:
+            due = written.seen != state_of(delta)
+            if not due:
+                return True
+        if not (due and self.write_through(adapter_name)):
+            return False
+        rewrite([self])
         return True
 
     def write_through(self, adapter_name: str) -> bool:
