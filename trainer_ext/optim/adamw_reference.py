@@ -109,7 +109,7 @@ def _dequantised(state: dict[str, torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _requantise(state: dict[str, torch.Tensor], m: torch.Tensor, v: torch.Tensor) -> None:
-    """code_i = the entry nearest to x_i / absmax of i's block."""
+    """code_i = the entry nearest to x_i / absmax of i's block, as bitsandbytes finds it."""
     for moment, x, codebook in zip(
         ("exp_avg", "exp_avg_sq"), (m, v), codebooks(m.device), strict=True
     ):

@@ -10,11 +10,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import SpftError
 from .block_8bit import BLOCK, MIN_ELEMENTS
+from .hyperparameters import check_hyperparameters
 from .kernels import HALF, is_fused
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # Which kernel does the work is no property of a run: it may go on on another device.
-_OWN_KEYS = ("params", "foreach", "fused")
+_OWN_KEYS = ("foreach", "fused")
 
 
 def moment_dtype(parameter: torch.Tensor) -> torch.dtype:
@@ -41,7 +42,8 @@ def completed_groups(
     """The saved groups with the keys that their writer did not know, such as state_bits.
 
     Raises:
-        SpftError: number or size of the groups differs, or their `state_bits`.
+        SpftError: number or size of the groups differs, or their `state_bits`, or a saved
+            hyperparameter asks for what this optimizer does not do.
     """
     sizes = [len(group["params"]) for group in own]
     saved_sizes = [len(group["params"]) for group in saved]
@@ -58,8 +60,10 @@ def completed_groups(
                 f"the checkpoint's optimizer state has {bits} bits and state_bits is "
                 f"{own_group['state_bits']}; resume with the optimizer of the checkpoint"
             )
-        kept = {key: own_group[key] for key in _OWN_KEYS if key != "params"}
-        completed.append({**own_group, **saved_group, **kept})
+        kept = {key: own_group[key] for key in _OWN_KEYS}
+        group = {**own_group, **saved_group, **kept}
+        check_hyperparameters(group)
+        completed.append(group)
     return completed
 
 
