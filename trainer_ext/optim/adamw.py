@@ -223,8 +223,8 @@ def _local_update(parameter: torch.Tensor, state: dict, position: int) -> Update
             f"parameter {position} of shape {tuple(parameter.shape)} has a sparse gradient; make "
             "its module compute dense ones (sparse=False)"
         )
-    on_cpu = state["step"].device.type == "cpu"
-    step = int(state["step"]) + 1 if on_cpu else None  # where it is needed, it is on the CPU
+    counts_itself = parameter.dtype not in HALF and state["exp_avg"].dtype != torch.uint8
+    step = None if counts_itself else int(state["step"]) + 1
     if isinstance(parameter, DTensor):
         if grad.placements != parameter.placements:
             grad = grad.redistribute(parameter.device_mesh, parameter.placements)
