@@ -30,7 +30,7 @@ class SelectedNeuronAdamW(Optimizer):
     back, bf16 stochastically, so that updates below its precision are kept in the mean.
 
     Memory: 8 bytes of state an element, 2.03 with `state_bits=8` (tensors of 4096 elements and
-    more), and 4 a tensor. A step of 16-bit parameters takes up to 128 MiB for a moment.
+    more), and 4 a tensor. A step of 16-bit parameters takes up to 144 MiB for a moment.
 
     Args:
         params: parameters that trainer_ext.trained_parameters(model) gives, or groups of them.

@@ -29,7 +29,7 @@ def check_hyperparameters(group: Mapping[str, Any]) -> None:
         SpftError: one is out of range, two exclude each other, or a package is missing.
     """
     for name in ("lr", "eps", "weight_decay"):
-        if not 0.0 <= _number(name, group[name]) < math.inf:
+        if not 0.0 <= _number(name, group[name], may_be_tensor=name == "lr") < math.inf:
             raise SpftError(f"{name} is {group[name]}; it must be a finite number, 0 or greater")
     betas = group["betas"]
     if not isinstance(betas, tuple | list) or len(betas) != 2:
@@ -67,11 +67,11 @@ def _check_storage(group: Mapping[str, Any]) -> None:
         bitsandbytes_functional()
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | torch.Tensor):
+def _number(name: str, value: Any, may_be_tensor: bool = False) -> float:
+    if may_be_tensor and isinstance(value, torch.Tensor):
+        if value.numel() != 1:
+            shape = tuple(value.shape)
+            raise SpftError(f"{name} is a tensor of shape {shape}; it must hold one number")
+    elif isinstance(value, bool) or not isinstance(value, int | float):
         raise SpftError(f"{name} is {value!r}; it must be a number")
-    if isinstance(value, torch.Tensor) and value.numel() != 1:
-        raise SpftError(
-            f"{name} is a tensor of shape {tuple(value.shape)}; it must hold one number"
-        )
     return float(value)

@@ -54,11 +54,12 @@ def completed_groups(
         )
     completed = []
     for own_group, saved_group in zip(own, saved, strict=True):
-        bits = saved_group.get("state_bits", 32)
-        if bits != own_group["state_bits"]:
+        bits = own_group["state_bits"]
+        if saved_group.get("state_bits", 32) != bits:
+            made_with = saved_group.get("state_bits", "not known to it (another optimizer)")
             raise SpftError(
-                f"the checkpoint's optimizer state has {bits} bits and state_bits is "
-                f"{own_group['state_bits']}; resume with the optimizer of the checkpoint"
+                f"state_bits is {bits} and that of the checkpoint's optimizer is {made_with}; "
+                "resume with the optimizer of the checkpoint"
             )
         kept = {key: own_group[key] for key in _OWN_KEYS}
         group = {**own_group, **saved_group, **kept}

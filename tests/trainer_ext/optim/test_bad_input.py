@@ -14,7 +14,7 @@ from trainer_ext import SelectedNeuronAdamW, SpftError, trained_parameters
 
 VALUES = {
     "lr": [-1.0, float("nan"), float("inf"), "1e-3", True, torch.ones(2)],
-    "eps": [-1e-8, None],
+    "eps": [-1e-8, None, torch.tensor(1e-8)],
     "weight_decay": [-0.1, "0"],
     "betas": [(0.9,), (1.0, 0.999), (0.9, -0.1), 0.9, ("0.9", 0.99)],
     "state_bits": [16, "8", 8.0, None],

@@ -155,12 +155,20 @@ REFUSED = {
         ["exp_avg of parameter 1", "(6, 32)", "(4, 32)", "number of neurons"],
     ),
     "another number, 8-bit": (EIGHT, lambda: _other(EIGHT, LARGER), ["(80, 96)", "(64, 96)"]),
-    "32 bits into 8": (EIGHT, lambda: _other({}), ["has 32 bits", "state_bits is 8"]),
-    "8 bits into 32": ({}, lambda: _other(EIGHT), ["has 8 bits", "state_bits is 32"]),
+    "32 bits into 8": (
+        EIGHT,
+        lambda: _other({}),
+        ["state_bits is 8", "checkpoint's optimizer is 32"],
+    ),
+    "8 bits into 32": (
+        {},
+        lambda: _other(EIGHT),
+        ["state_bits is 32", "checkpoint's optimizer is 8"],
+    ),
     "torch's into 8": (
         EIGHT,
         lambda: torch.optim.AdamW(compact()).state_dict(),
-        ["has 32 bits", "state_bits is 8"],
+        ["state_bits is 8", "another optimizer"],
     ),
     "another optimizer": ({}, _foreign_state, ["'sum'", "exp_avg", "another optimizer"]),
     "fewer parameters": ({}, lambda: _other({}, MORE[:2]), ["[2]", "[4]"]),
