@@ -7,6 +7,7 @@ safetensors only.
 from .calibration import measure_importance, select_by_scores, select_neurons
 from .config import SpftConfig
 from .errors import SpftError
+from .optim import SelectedNeuronAdamW
 from .scores import ImportanceScores
 from .selection import NeuronSelection, apply_selection, current_selection
 from .trainer import SpftCallback, SpftTrainer, SpftTrainerMixin
@@ -20,6 +21,7 @@ register_spft()
 __all__ = [
     "ImportanceScores",
     "NeuronSelection",
+    "SelectedNeuronAdamW",
     "SpftCallback",
     "SpftConfig",
     "SpftError",

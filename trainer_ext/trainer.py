@@ -19,6 +19,7 @@ from .config import SpftConfig
 from .distributed import refuse_unsupported_engine, release_gathered_weights
 from .errors import SpftError, in_plain_words
 from .importance import METRIC_CLASSES
+from .optim import use_selected_neuron_optimizer
 from .peft_type import add_peft_type
 from .provenance import DataFingerprint
 from .report import RunFigures, optimizer_state_bytes, write_report
@@ -61,6 +62,7 @@ class SpftCallback(TrainerCallback):
         self._step_started: float | None = None
         self._class_mistake: SpftError | None = None
         self._let_batches_carry_classes()
+        use_selected_neuron_optimizer(trainer)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()

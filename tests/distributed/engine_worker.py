@@ -18,7 +18,7 @@ from accelerate.utils import DistributedType
 from tiny_models import batch, tiny_model
 from transformers import TrainerCallback, TrainingArguments
 
-from trainer_ext import ImportanceScores, SpftConfig, SpftTrainer
+from trainer_ext import ImportanceScores, SelectedNeuronAdamW, SpftConfig, SpftTrainer
 from trainer_ext.distributed import ShardLayout, read_neurons
 from trainer_ext.importance import noise, zo_taylor
 from trainer_ext.trainer import IMPORTANCE_FILE
@@ -165,6 +165,10 @@ def fsdp_arguments(engine: str) -> dict:
 
 def check_engine(trainer, engine: str, world: int) -> None:
     """Launch modes silently fall back to less than was asked for: prove that this one did not."""
+    optimizer = trainer.optimizer
+    while hasattr(optimizer, "optimizer"):  # accelerate's wrapper, DeepSpeed's
+        optimizer = optimizer.optimizer
+    assert type(optimizer) is SelectedNeuronAdamW
     accelerator = trainer.accelerator
     assert accelerator.num_processes == world
     if world > 1:

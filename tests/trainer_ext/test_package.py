@@ -18,7 +18,7 @@ LAYERS = [
     {"config_checks", "scores", "provenance", "calibration_mode"},
     {"config", "allocation"},
     {"tuner"},
-    {"importance", "selection"},
+    {"importance", "optim", "selection"},
     {"calibration", "report_page"},
     {"trainer_batches", "report"},
     {"trainer"},

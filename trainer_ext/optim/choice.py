@@ -1,0 +1,143 @@
+"""Which of transformers' optimizer names SelectedNeuronAdamW stands in for."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from transformers import Trainer, TrainingArguments
+
+from ..errors import SpftError
+from ..tuner.trained import trained_parameters
+from .adamw import SelectedNeuronAdamW
+
+logger = logging.getLogger(__name__)
+
+# What each name asks for. Other names are other optimizers (or paged, or torchao's), left alone.
+_BY_NAME: dict[str, dict[str, Any]] = {
+    "adamw_torch": {},
+    "adamw_torch_fused": {"fused": True},
+    "adamw_8bit": {"state_bits": 8},
+    "adamw_bnb_8bit": {"state_bits": 8},
+}
+
+
+def _flag(text: str) -> bool:
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    except KeyError:
+        raise ValueError("true or false") from None
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise ValueError("a number") from None
+
+    return read
+
+
+# What `optim_args` may hold, and how its text is read.
+_OPTIONS: dict[str, Callable[[str], Any]] = {
+    "beta1": _number(float),
+    "beta2": _number(float),
+    "eps": _number(float),
+    "state_bits": _number(int),
+    "foreach": _flag,
+    "fused": _flag,
+    "stochastic_rounding": _flag,
+    "seed": _number(int),
+}
+
+
+def selected_neuron_optimizer(args: TrainingArguments) -> tuple[type, dict[str, Any]] | None:
+    """SelectedNeuronAdamW and its arguments, if the training arguments name an AdamW of its kinds.
+
+    `optim` is adamw_torch, adamw_torch_fused, adamw_8bit or adamw_bnb_8bit. `optim_args`, text such
+    as "beta2=0.95,stochastic_rounding=false", goes before the other fields.
+
+    Returns:
+        class and keyword arguments (without weight_decay, which trainers set for each group), or
+        None for any other `optim`.
+
+    Raises:
+        SpftError: `optim_args` holds something else.
+    """
+    by_name = _BY_NAME.get(str(getattr(args.optim, "value", args.optim)))
+    if by_name is None:
+        return None
+    options = _read_options(args.optim_args)
+    betas = (
+        options.pop("beta1", args.adam_beta1),
+        options.pop("beta2", args.adam_beta2),
+    )
+    kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
+    if options.get("foreach") and "fused" not in options:
+        by_name = {**by_name, "fused": None}
+    return SelectedNeuronAdamW, {**kwargs, "seed": args.seed, **by_name, **options}
+
+
+def _read_options(text: str | None) -> dict[str, Any]:
+    options = {}
+    for pair in (text or "").replace(" ", "").split(","):
+        key, equals, value = pair.partition("=")
+        if not pair:
+            continue
+        if not equals or key not in _OPTIONS:
+            raise SpftError(
+                f"optim_args holds {pair!r}; it takes name=value of {', '.join(_OPTIONS)}, "
+                "separated by commas (the learning rate and weight decay have fields of their own)"
+            )
+        try:
+            options[key] = _OPTIONS[key](value)
+        except ValueError as error:
+            raise SpftError(f"optim_args holds {pair!r}; {key} must be {error}") from None
+    return options
+
+
+def use_selected_neuron_optimizer(trainer: Trainer) -> None:
+    """Let a trainer train by SelectedNeuronAdamW where its arguments name an AdamW of its kinds.
+
+    Takes effect when the trainer makes its optimizer, so with the model that it has then
+    (model_init makes another), and with the trainer's own parameter groups. A trainer that was
+    given an optimizer, or the class of one, keeps it; and where DeepSpeed's own CPU optimizer takes
+    the place of whatever is named (offload_optimizer), it does so as before.
+    """
+    # transformers and Axolotl ask this method for the class; its place in the instance suits both.
+    named = trainer.get_optimizer_cls_and_kwargs
+    trainer.get_optimizer_cls_and_kwargs = functools.partial(_class_and_kwargs, named)
+
+
+def _class_and_kwargs(named: Callable, args: TrainingArguments, model=None) -> tuple[Any, Any]:
+    """What `Trainer.get_optimizer_cls_and_kwargs` returns; `named` is the trainer's own."""
+    choice = selected_neuron_optimizer(args)
+    if choice is None or model is None or _deepspeed_replaces_it(args):
+        return named(args, model)
+    trained = set(map(id, trained_parameters(model)))  # marks them, too
+    others = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in trained
+    ]
+    if others:
+        logger.warning(
+            "%s is trained but is no parameter of SPFT, so the optimizer is transformers' own",
+            others[0],
+        )
+    if others or not trained:
+        return named(args, model)
+    return choice
+
+
+def _deepspeed_replaces_it(args: TrainingArguments) -> bool:
+    """accelerate turns what it is given into DeepSpeedCPUAdam; as AdamW only if it is torch's."""
+    if getattr(args, "hf_deepspeed_config", None) is None:
+        return False
+    config = args.hf_deepspeed_config.config
+    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
+    on_host = offload.get("device", "none") != "none"
+    return on_host and config.get("zero_force_ds_cpu_optimizer", True)
