@@ -10,7 +10,13 @@ from tiny_models import few_tokens, wide_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from trainer_ext import SpftConfig, restore_base, select_neurons, trained_parameters
+from trainer_ext import (
+    SelectedNeuronAdamW,
+    SpftConfig,
+    restore_base,
+    select_neurons,
+    trained_parameters,
+)
 from trainer_ext.tuner.model import spft_layers
 
 R = 16
@@ -38,14 +44,15 @@ def _is_tensor(value) -> bool:
     return isinstance(value, torch.Tensor)
 
 
+@pytest.mark.parametrize("state_bits", [32, 8])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("forward", ["delta", "write_through"])
-def test_no_tensor_of_a_weights_size_is_made(forward, dtype):
+def test_no_tensor_of_a_weights_size_is_made(forward, dtype, state_bits):
     model = get_peft_model(
         wide_model().to(dtype), SpftConfig(r=R, importance="magnitude", forward=forward)
     ).train()
     select_neurons(model)
-    optimizer = torch.optim.AdamW(trained_parameters(model))
+    optimizer = SelectedNeuronAdamW(trained_parameters(model), state_bits=state_bits)
     layers = spft_layers(model).values()
     smallest = min(layer.in_features * layer.out_features for layer in layers)
     widest = max(layer.in_features for layer in layers)

@@ -10,10 +10,19 @@ import pytest
 import torch
 from adapters import fill_deltas, selected, trained
 from peft import get_peft_model, get_peft_model_state_dict
-from tiny_models import batch, tiny_model
+from tiny_models import batch, few_tokens, tiny_model, wide_model
+from transformers.optimization import Adafactor
 from written import base_weights, gradients, is_base, logits, originals, training, without_dropout
 
-from trainer_ext import SpftConfig, SpftError, restore_base, select_neurons, write_through
+from trainer_ext import (
+    SelectedNeuronAdamW,
+    SpftConfig,
+    SpftError,
+    restore_base,
+    select_neurons,
+    trained_parameters,
+    write_through,
+)
 from trainer_ext.tuner.model import deltas, spft_layers
 
 ARCHITECTURES = ["llama", "llama_bias", "gpt2"]
@@ -284,6 +293,42 @@ def test_rows_follow_optimizers_loads_and_direct_writes():
     delta.weight.data.mul_(2)
     write_through(model)
     assert in_step()
+
+
+def bitsandbytes_adamw(parameters):
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(parameters, lr=0.01)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: SelectedNeuronAdamW(p, lr=0.01, fused=True),
+        lambda p: SelectedNeuronAdamW(p, lr=0.01, foreach=True),
+        lambda p: SelectedNeuronAdamW(p, lr=0.01, state_bits=8),
+        lambda p: torch.optim.SGD(p, lr=0.01, fused=True),
+        lambda p: Adafactor(p, lr=0.01, relative_step=False),
+        bitsandbytes_adamw,
+    ],
+    ids=["fused", "foreach", "8-bit", "sgd", "adafactor", "bitsandbytes"],
+)
+def test_rows_follow_every_optimizer_before_the_next_forward(make):
+    # r x d_in is 12,288 and more: large enough for 8-bit moments
+    model = get_peft_model(wide_model(), SpftConfig(r=32, importance="random"))
+    select_neurons(model)
+    model.train()
+    optimizer = make(trained_parameters(model))
+    for data in few_tokens():
+        model(**data).loss.backward()
+        before = {n: d.weight.detach().clone() for n, d in deltas(model).items()}
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, layer in spft_layers(model).items():
+            delta = deltas(model)[name].weight
+            assert not torch.equal(delta, before[name])
+            held = layer.get_base_layer().weight[layer.written.index]
+            assert torch.equal(held, layer.written.rows + delta)
 
 
 def test_another_selection_moves_the_written_rows():
