@@ -90,14 +90,15 @@ def build_report(
 
 
 def optimizer_state_bytes(optimizer) -> int:
-    """Bytes of all tensors in an optimizer's state, wrapped by accelerate or not."""
+    """Bytes that this process holds of an optimizer's state, wrapped by accelerate or not."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
-    return sum(
-        value.numel() * value.element_size()
+    held = (
+        value.to_local() if hasattr(value, "to_local") else value  # FSDP2's are of global size
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)
     )
+    return sum(value.numel() * value.element_size() for value in held)
 
 
 def peak_memory_bytes(device: torch.device) -> int:
