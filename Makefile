@@ -8,7 +8,7 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test lint format benchmark benchmark-calibration clean
+.PHONY: install quickstart test lint format benchmark benchmark-step benchmark-calibration clean
 
 # The stamp is written last: an interrupted install is not taken for a finished one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,7 +36,9 @@ format: install
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-benchmark: install
+benchmark: benchmark-step
+
+benchmark-step: install
 	$(BIN)/python benchmarks/step.py
 
 benchmark-calibration: install

@@ -370,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     report = make_report("calibration.py", arguments, args, rows=rows)
     folder = args.output_dir / run_name("calibration", args)
-    write_report(report, render(report), folder / "figures.json", folder / "table.md")
+    write_report(report, render(report), folder)
     return 0
 
 

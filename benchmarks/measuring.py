@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -16,7 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
-from workload import DTYPES, SIZES
+from transformers.utils import is_flash_attn_2_available
+from workload import ATTENTIONS, DTYPES, SIZES
 
 from trainer_ext.files import write_bytes
 
@@ -37,6 +39,7 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
         "--r", type=positive, help="neurons SPFT trains in a layer; about 5 %% of weights if unset"
     )
     parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing")
+    parser.add_argument("--attention", choices=ATTENTIONS, default="sdpa", help="implementation")
     parser.add_argument("--repeats", type=positive, default=10, help="timed rounds")
     parser.add_argument("--threads", type=positive, help="CPU threads; torch's choice if unset")
     parser.add_argument(
@@ -51,6 +54,15 @@ def settle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     elif args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device is cuda but torch sees no GPU; use --device cpu")
+    if args.attention == "flash_attention_2":
+        # transformers tells this in a traceback, after it has looked for a kernel to download
+        if not is_flash_attn_2_available():
+            parser.error(
+                "--attention is flash_attention_2 but flash-attn is not installed for a GPU; use "
+                "--attention sdpa"
+            )
+        if args.dtype == "fp32":
+            parser.error("--attention is flash_attention_2 but --dtype is fp32; use --dtype bf16")
     args.r = args.r or SIZES[args.size].r
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -68,6 +80,7 @@ def time_rounds(
     repeats: int,
     device: torch.device,
     around: Callable[[str], AbstractContextManager] = lambda name: nullcontext(),
+    time_limit: float = math.inf,
 ) -> dict[str, list[float]]:
     """Seconds of every step in every round; a round runs each of them once.
 
@@ -76,10 +89,14 @@ def time_rounds(
 
     Args:
         around: from a step's name to what must be in place while it runs; entered and left untimed.
+        time_limit: no round begins when so many seconds have passed, but for the first.
     """
     names = list(steps)
     seconds: dict[str, list[float]] = {name: [] for name in names}
+    start = time.perf_counter()
     for round_ in range(repeats):
+        if round_ and time.perf_counter() - start > time_limit:
+            break
         first = round_ % len(names)
         for name in names[first:] + names[:first]:
             with around(name):
@@ -167,18 +184,25 @@ def make_report(script: str, arguments: list[str], args: argparse.Namespace, **f
     }
 
 
-def render_head(title: str, report: dict) -> list[str]:
-    """Heading and circumstances of a report, as lines of markdown."""
+def render_head(title: str, report: dict, shown: str = "median (min-max)") -> list[str]:
+    """Heading and circumstances of a report, as lines of markdown.
+
+    Args:
+        shown: what of the rounds its tables show.
+    """
     options, machine = report["options"], report["machine"]
     processor = machine.get("gpu") or f"{machine['cpu']}, {machine['threads']} threads"
     checkpointing = "on" if options["checkpointing"] else "off"
+    compiled = ", compiled" if options.get("compile") else ""
+    rounds = report.get("rounds", options["repeats"])
     return [
         f"# {title}: {options['size']}, {options['dtype']}, {options['device']}",
         "",
         f"`{report['command']}`",
         "",
         f"- batch {options['batch_size']} x {options['seq_len']} tokens, activation checkpointing "
-        f"{checkpointing}, median (min-max) of {options['repeats']} interleaved rounds",
+        f"{checkpointing}, {options['attention']} attention{compiled}, {shown} of "
+        f"{rounds} interleaved rounds",
         f"- {processor}; {machine['cores']} cores; {report['date']}",
         "- " + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         "",
@@ -195,13 +219,17 @@ def mebibytes(count: int) -> str:
 
 def run_name(script: str, args: argparse.Namespace) -> str:
     """What a run's results are called."""
-    # A checkpointed run is another experiment; it must not replace the plain one's figures.
+    # Each of these is another experiment; it must not replace the plain one's figures.
     suffix = "-checkpointing" if args.checkpointing else ""
+    suffix += "-compile" if getattr(args, "compile", False) else ""
+    suffix += "" if args.attention == "sdpa" else f"-{args.attention}"
     return f"{script}-{args.size}-{args.dtype}-{args.device}{suffix}"
 
 
-def write_report(report: dict, page: str, figures_path: Path, page_path: Path) -> None:
-    """Print the page, and write it and the figures."""
+def write_report(report: dict, page: str, folder: Path, picture: str | None = None) -> None:
+    """Print the page, and write it, the figures and the picture."""
     print(page, end="")
-    write_bytes(figures_path, (json.dumps(report, indent=1) + "\n").encode())
-    write_bytes(page_path, page.encode())
+    write_bytes(folder / "figures.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_bytes(folder / "table.md", page.encode())
+    if picture is not None:
+        write_bytes(folder / "picture.svg", picture.encode())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,18 +47,49 @@ class StorageTracker(TorchDispatchMode):
         for tensor in tree_leaves(tree):
             if not isinstance(tensor, torch.Tensor):
                 continue
-            storage = tensor.untyped_storage()
-            # The address names a storage only while it lives, hence the finalizer for all of them.
-            address = storage._cdata
-            if address not in self._counted:
-                # An operand that no operator here has made was there before.
-                self._counted[address] = storage.nbytes() if made_here else 0
-                self._finalizers.append(weakref.finalize(storage, self._forget, address))
-                self.live_bytes += self._counted[address]
+            for storage in _storages(tensor):
+                # The address names a storage only while it lives, hence a finalizer for each.
+                address = storage._cdata
+                if address not in self._counted:
+                    # An operand that no operator here has made was there before.
+                    self._counted[address] = storage.nbytes() if made_here else 0
+                    self._finalizers.append(weakref.finalize(storage, self._forget, address))
+                    self.live_bytes += self._counted[address]
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
 
     def _forget(self, address: int) -> None:
         self.live_bytes -= self._counted.pop(address)
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    """The tensors in containers and dataclasses."""
+    for value in tree_leaves(tree):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            yield from _tensors(vars(value))
+
+
+def _storages(tensor: torch.Tensor) -> list[torch.UntypedStorage]:
+    """Where a tensor's data lies."""
+    if tensor.layout is torch.sparse_coo:
+        return [tensor._indices().untyped_storage(), tensor._values().untyped_storage()]
+    return [tensor.untyped_storage()]
+
+
+def held_bytes(model: nn.Module) -> int:
+    """Bytes of all tensors that the model's modules hold; shared ones count once.
+
+    These are parameters, buffers and what layers keep beside them, such as SHiRA's indices and the
+    pretrained rows of SPFT's written layers.
+    """
+    storages = {
+        storage._cdata: storage.nbytes()
+        for module in model.modules()
+        for tensor in _tensors(vars(module))
+        for storage in _storages(tensor)
+    }
+    return sum(storages.values())
 
 
 def peak_bytes_above_start(work: Callable[[], object], device: torch.device) -> int:
