@@ -11,7 +11,13 @@ from peft_adapters import ADAPTERS, nearest_rank
 from torch import nn
 from workload import Workload
 
-from trainer_ext import SpftConfig, select_neurons, trained_parameters
+from trainer_ext import (
+    SelectedNeuronAdamW,
+    SpftConfig,
+    select_neurons,
+    trained_parameters,
+    write_through,
+)
 
 LEARNING_RATE = 1e-3
 
@@ -88,8 +94,6 @@ def build_spft_8bit(work: Workload) -> Method:
 
 
 def _build_spft(work: Workload, base: nn.Module, forward: str, state_bits: int = 32) -> Method:
-    from trainer_ext import SelectedNeuronAdamW, write_through
-
     model = get_peft_model(base, SpftConfig(r=work.r, importance="magnitude", forward=forward))
     select_neurons(model)
     optimizer = SelectedNeuronAdamW(

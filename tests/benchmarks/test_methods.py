@@ -15,17 +15,14 @@ from __future__ import annotations
 import methods
 import pytest
 import torch
-from tiny_benchmark import make_workload, needs_spft_rows, workload_named
+from tiny_benchmark import make_workload, workload_named
 from workload import SIZES
 
 from trainer_ext.report import optimizer_state_bytes
 
 TOTALS = {"50m": 51196416, "135m": 134515008, "1b": 1235814400, "3b": 3212749824}
 TOTALS |= {"8b": 8030261248}
-NAMES = [
-    pytest.param(name, marks=needs_spft_rows if name.startswith("spft") else ())
-    for name in methods.METHODS
-]
+NAMES = list(methods.METHODS)
 
 
 @pytest.fixture(params=["fp32", "bf16", "fp32-checkpointing"])
@@ -92,8 +89,7 @@ def test_shared_models_share_their_parameters_and_nothing_else():
 def test_no_method_moves_the_weights_that_others_share(work):
     shared = work.shared_model()
     before = {n: p.detach().clone() for n, p in shared.named_parameters()}
-    names = [p.values[0] for p in NAMES if not p.marks or not p.marks[0].args[0]]
-    for name in names:
+    for name in NAMES:
         method = build(name, work)
         for _ in range(2):
             method.step()
@@ -112,7 +108,6 @@ def test_equal_budgets_whatever_r(name, r):
     assert abs(trained - work.budget) <= (0 if name.startswith("spft") else 1024)
 
 
-@needs_spft_rows
 @pytest.mark.parametrize("name", ["spft_write_through", "spft_delta"])
 def test_adamw_holds_eight_bytes_per_trainable_and_step_counters(work, name):
     method = build(name, work)

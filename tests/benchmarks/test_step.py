@@ -22,9 +22,9 @@ import methods
 import pytest
 import step
 import torch
-from tiny_benchmark import has_spft_rows, make_workload, needs_spft_rows, run_script
+from tiny_benchmark import make_workload, run_script
 
-NAMES = [name for name in methods.METHODS if has_spft_rows or not name.startswith("spft")]
+NAMES = list(methods.METHODS)
 KEYS = ("weight_bytes", "optimizer_state_bytes", "step_peak_bytes")
 
 
@@ -82,7 +82,6 @@ def test_the_figures_of_every_method_fit_together(run):
     assert shira["step_peak_bytes"] > lora["step_peak_bytes"]
 
 
-@needs_spft_rows
 def test_the_spft_rows_hold_what_they_need_and_are_held_against_the_goals(run):
     report = json.loads((run[0] / "figures.json").read_text())
     rows = report["methods"]

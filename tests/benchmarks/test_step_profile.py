@@ -14,9 +14,9 @@ import os
 import pytest
 import step_profile
 import torch
-from tiny_benchmark import has_spft_rows, make_workload, run_script
+from tiny_benchmark import make_workload, run_script
 
-METHOD = "spft_write_through" if has_spft_rows else "lora"
+METHOD = "spft_write_through"
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,8 @@ def run(tmp_path_factory):
     """Return the results' folder and the output of one run of the script."""
     folder = tmp_path_factory.mktemp("profile") / "results"
     output, _ = run_script("step_profile.py", folder, "--method", METHOD, "--top", "5")
-    suffix = "" if has_spft_rows else "-lora"
-    assert os.listdir(folder) == [f"step-profile-tiny-fp32-cpu{suffix}"]
-    return folder / f"step-profile-tiny-fp32-cpu{suffix}", output
+    assert os.listdir(folder) == ["step-profile-tiny-fp32-cpu"]
+    return folder / "step-profile-tiny-fp32-cpu", output
 
 
 def test_the_run_writes_the_tables_it_prints_and_the_figures(run):
@@ -36,7 +35,7 @@ def test_the_run_writes_the_tables_it_prints_and_the_figures(run):
     report = json.loads((folder / "figures.json").read_text())
     assert report["method"] == METHOD
     assert report["options"]["repeats"] == 2
-    parts = ["of it row rewriting"] if has_spft_rows else []
+    parts = ["of it row rewriting"]
     assert [row["phase"] for row in report["phases"]] == [
         "forward",
         "backward",

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 import workload
 
@@ -16,13 +15,6 @@ import trainer_ext
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # A script's process gets the packages of this one.
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(trainer_ext.__file__).parents[1])}
-
-has_spft_rows = hasattr(trainer_ext, "SelectedNeuronAdamW") and hasattr(
-    trainer_ext, "write_through"
-)
-needs_spft_rows = pytest.mark.skipif(
-    not has_spft_rows, reason="needs SelectedNeuronAdamW and write_through"
-)
 
 
 def make_workload(**changes) -> workload.Workload:

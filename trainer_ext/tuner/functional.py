@@ -82,18 +82,23 @@ class _AddSelectedOutputs(torch.autograd.Function):
     def backward(ctx, grad_BO):
         x_BI, delta_RI, index_R = ctx.saved_tensors
         grad_x = grad_delta = None
-        grad_BR = grad_BO.index_select(-1, index_R)
+        grad_RT = _selected_gradients(grad_BO, index_R)
         if ctx.needs_input_grad[1]:
-            grad_x = (grad_BR @ delta_RI.to(grad_BR.dtype)).to(x_BI.dtype)
+            grad_TI = grad_RT.t() @ delta_RI.to(grad_RT.dtype)
+            grad_x = grad_TI.view(x_BI.shape).to(x_BI.dtype)
         if ctx.needs_input_grad[2]:
-            grad_delta = _grad_delta(grad_BR, x_BI, delta_RI.dtype)
+            grad_delta = _grad_delta(grad_RT, x_BI, delta_RI.dtype)
         return grad_BO, grad_x, grad_delta, None
 
 
-def _grad_delta(grad_BR, x_BI, dtype) -> torch.Tensor:
-    grad_TR = grad_BR.reshape(-1, grad_BR.shape[-1])
-    x_TI = x_BI.reshape(-1, x_BI.shape[-1]).to(grad_BR.dtype)
-    return (grad_TR.t() @ x_TI).to(dtype)
+def _selected_gradients(grad_BO, index_R) -> torch.Tensor:
+    """The selected outputs' gradients with one row a neuron, T tokens long: fastest to gather, and
+    for the product that follows."""
+    return grad_BO.reshape(-1, grad_BO.shape[-1]).t().index_select(0, index_R)
+
+
+def _grad_delta(grad_RT, x_BI, dtype) -> torch.Tensor:
+    return (grad_RT @ x_BI.reshape(-1, x_BI.shape[-1]).to(grad_RT.dtype)).to(dtype)
 
 
 class _TrackSelectedOutputs(torch.autograd.Function):
@@ -110,8 +115,8 @@ class _TrackSelectedOutputs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_BO):
         x_BI, index_R = ctx.saved_tensors
-        grad_BR = grad_BO.index_select(-1, index_R)
-        return grad_BO, None, _grad_delta(grad_BR, x_BI, ctx.dtype), None
+        grad_RT = _selected_gradients(grad_BO, index_R)
+        return grad_BO, None, _grad_delta(grad_RT, x_BI, ctx.dtype), None
 
 
 class _TrackSelectedOutputsCompiled(torch.autograd.Function):
@@ -126,5 +131,5 @@ class _TrackSelectedOutputsCompiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BO):
         x_BI, index_R = ctx.saved_tensors
-        grad_BR = grad_BO.index_select(-1, index_R)
-        return grad_BO, None, _grad_delta(grad_BR, x_BI, ctx.dtype), None
+        grad_RT = _selected_gradients(grad_BO, index_R)
+        return grad_BO, None, _grad_delta(grad_RT, x_BI, ctx.dtype), None
