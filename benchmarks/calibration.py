@@ -18,6 +18,7 @@ from itertools import count
 import torch
 from measuring import (
     add_options,
+    keep_freed_memory,
     make_report,
     mebibytes,
     positive,
@@ -375,4 +376,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

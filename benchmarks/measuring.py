@@ -68,8 +68,6 @@ def settle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
             )
         if args.dtype == "fp32":
             parser.error("--attention is flash_attention_2 but --dtype is fp32; use --dtype bf16")
-    if args.device == "cpu":
-        keep_freed_memory()
     args.r = args.r or SIZES[args.size].r
     if args.threads:
         torch.set_num_threads(args.threads)

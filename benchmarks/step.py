@@ -17,6 +17,7 @@ from typing import TypeVar
 import torch
 from measuring import (
     add_options,
+    keep_freed_memory,
     make_report,
     mebibytes,
     positive,
@@ -346,4 +347,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from measuring import (
     add_options,
+    keep_freed_memory,
     make_report,
     positive,
     render_head,
@@ -246,4 +247,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

@@ -71,8 +71,11 @@ class SpftCallback(TrainerCallback):
             self._select(model, adapter_name, args)
         elif self.scores is None:  # else train() was called again, or retried
             self.scores = self._scores_of_this_run(model, adapter_name)
-        written = write_through(model, adapter_name)
-        self.logger.info("SPFT forward: %s", "write_through" if written else "delta")
+        self.logger.info(
+            "SPFT writes through in %d of %d layers",
+            write_through(model, adapter_name),
+            len(layer_sizes(model, adapter_name)),
+        )
 
     def _select(self, model, adapter_name: str, args) -> None:
         """Choose the neurons, by scores from a file or from calibrating."""

@@ -18,11 +18,18 @@ def without_dropout(model):
 
 
 def training(architecture="llama", dtype=torch.float32, **fields) -> PeftModel:
-    """A trained adapter in train mode that has run one forward: the rows are written."""
+    """A trained adapter in train mode whose update is written into the base weights."""
     model = without_dropout(trained(architecture, dtype, **fields).train())
+    step_once(model)
     model(**batch())
     assert all(layer.written is not None for layer in spft_layers(model).values())
     return model
+
+
+def step_once(model, adapter_name: str = "default") -> None:
+    """Let an optimizer step the deltas, which it leaves as they are: from the next training forward
+    on the rows are written."""
+    torch.optim.SGD([d.weight for d in deltas(model, adapter_name).values()], lr=0.0).step()
 
 
 def base_weights(model) -> dict[str, torch.Tensor]:

@@ -55,9 +55,10 @@ def update_half_(updates: Sequence[Update], group: Mapping[str, Any]) -> None:
         values = [piece.value.float() for piece in bucket]
         grads = [piece.grad.float() for piece in bucket]
         fused = is_fused(group, values[0])
-        # counters of this step alone, where the kernel wants them: no synchronisation, one copy
+        # counters of this step alone, where the kernel wants them: one copy, which nobody waits for
         counters = torch.tensor([piece.step - 1.0 for piece in bucket], dtype=torch.float32)
-        steps = counters.to(values[0].device if fused else "cpu").unbind()
+        device = values[0].device if fused else "cpu"
+        steps = counters.to(device, non_blocking=True).unbind()
         exp_avgs = [piece.exp_avg for piece in bucket]
         exp_avg_sqs = [piece.exp_avg_sq for piece in bucket]
         _adamw(group, values, grads, exp_avgs, exp_avg_sqs, list(steps), fused)

@@ -30,7 +30,7 @@ def add_selected_outputs(
         # The compiler plans memory itself and cannot look into an in-place autograd function.
         extra = torch.nn.functional.linear(x.to(y.dtype), delta.to(y.dtype))
         return y.index_add(-1, index, extra)
-    return _AddSelectedOutputs.apply(y, x, delta, index)
+    return _AddSelectedOutputs.apply(_no_view(y), x, delta, index)
 
 
 def track_selected_outputs(
@@ -47,7 +47,7 @@ def track_selected_outputs(
     """
     if torch.compiler.is_compiling():
         return _TrackSelectedOutputsCompiled.apply(y, x, delta, index)
-    return _TrackSelectedOutputs.apply(y, x, delta, index)
+    return _TrackSelectedOutputs.apply(_no_view(y), x, delta, index)
 
 
 def overwrite_selected_outputs(
@@ -66,6 +66,15 @@ def overwrite_selected_outputs(
     """
     bias = None if bias is None else bias.index_select(0, index)
     return y.index_copy_(-1, index, torch.nn.functional.linear(x, rows, bias).to(y.dtype))
+
+
+def _no_view(y: torch.Tensor) -> torch.Tensor:
+    """The same memory, but nobody's view to autograd.
+
+    Layers with a bias and Conv1D give views; writing to one in place makes the backward copy the
+    whole gradient, twice.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 class _AddSelectedOutputs(torch.autograd.Function):

@@ -15,7 +15,15 @@ from .functional import (
     track_selected_outputs,
 )
 from .trained import mark_trained
-from .written_rows import WrittenRows, changes_unseen, is_whole, put_back, rewrite, state_of
+from .written_rows import (
+    WrittenRows,
+    follow_steps,
+    is_stepped,
+    is_whole,
+    put_back,
+    rewrite,
+    state_of,
+)
 
 
 class NeuronDelta(nn.Module):
@@ -100,7 +108,9 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         self.calibrating = False
         self.written: WrittenRows | None = None
         self._kept_in_file: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._name = name
         self.register_load_state_dict_post_hook(_settle_loaded)
+        follow_steps(self)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
@@ -178,7 +188,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             return written is not None and written.adapter == adapter_name
         delta = self.spft_delta[adapter_name]
         if written is None:
-            due = self._trains(delta) and not changes_unseen(delta.weight)
+            due = self._trains(delta) and is_stepped(delta.weight)
         elif written.adapter != adapter_name or not is_whole(self.get_base_layer().weight):
             return False
         else:
@@ -198,14 +208,16 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             adapter is merged and the base weight is whole. What is written is put back otherwise.
 
         Raises:
-            SpftError: `forward` is "write_through" and the weight is sharded, shared or offloaded.
+            SpftError: `forward` is "write_through" and the weight is sharded, offloaded, shared
+                with another module or not the one that the adapter was put around.
         """
         delta, mode = self.spft_delta[adapter_name], self._configs[adapter_name].forward
         whole = is_whole(self.get_base_layer().weight)
         if mode == "write_through" and not whole:
             raise SpftError(
-                "`forward` is 'write_through' but a layer's weight is sharded, offloaded or used "
-                "by another module too; set it to 'auto' or 'delta'"
+                f"`forward` is 'write_through' but the weight of {self._name} is sharded, "
+                "offloaded, used by another module too, or was replaced after the adapter was put "
+                "in; set `forward` to 'auto' or 'delta'"
             )
         possible = mode != "delta" and whole and delta.is_selected and not self.merged
         written = self.written
@@ -289,7 +301,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         """
         rows = read_neurons(self.get_base_layer().weight, self.shard_layout(), index)
         if self.written is not None:
-            kept = self.written.index
+            kept, index = self.written.index, index.to(self.written.index.device)
             place = torch.searchsorted(kept, index).clamp(max=kept.numel() - 1)
             is_kept = (kept[place] == index)[:, None]
             rows = torch.where(is_kept, self.written.rows[place], rows)

@@ -152,24 +152,26 @@ def deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, NeuronD
     }
 
 
-def write_through(model: nn.Module, adapter_name: str = "default") -> bool:
+def write_through(model: nn.Module, adapter_name: str = "default") -> int:
     """Let the base weights hold W0 + delta of an adapter, in its selected rows, from now on.
 
-    Training forwards see to this by themselves, and the rows follow every step of a torch optimizer
-    and every loaded state dict. Call it where that is not seen: before `torch.compile`, after a
-    step of a DeepSpeed engine in a loop of your own, and after writes through `.data`.
+    Training forwards see to this by themselves once a torch optimizer has stepped the deltas. The
+    rows then follow every step of one, every loaded state dict and, outside of compiled forwards,
+    every change that tensor versions show. Call it where that does not suffice: before
+    `torch.compile`; after a step of a DeepSpeed engine in a loop of your own; after writes through
+    `.data`; and after other changes of deltas than steps in front of a compiled forward.
 
     Returns:
-        whether any layer's weight is written: with `forward: auto`, those that are whole.
+        number of layers whose weights are written: with `forward: auto`, those that are whole.
 
     Raises:
         SpftError: no layer carries the adapter, or `forward` is "write_through" and a weight is
-            sharded, offloaded or used by another module too.
+            sharded, offloaded, shared with another module or replaced.
     """
     layers = spft_layers(model, adapter_name).values()
     written = [layer for layer in layers if layer.write_through(adapter_name)]
     rewrite(written)
-    return bool(written)
+    return len(written)
 
 
 def restore_base(model: nn.Module) -> None:

@@ -16,8 +16,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..distributed import ShardLayout, write_neurons
 
-_ALONE = "_spft_alone"
-_BUCKET_ELEMENTS = 2**24  # of deltas that are added to their rows in one operation
+_ALONE, _STEPPED = "_spft_alone", "_spft_stepped"
+# Elements of deltas that are added to their rows in one operation: kernels are costly to start on a
+# GPU, and on a CPU one layer's sums still lie in its cache when they are copied.
+_BUCKET_ELEMENTS = {"cpu": 0}
+_BUCKET_ELEMENTS_ELSEWHERE = 2**24
 
 
 @dataclass
@@ -77,18 +80,20 @@ def is_whole(weight: torch.Tensor) -> bool:
     )
 
 
-def changes_unseen(weight: torch.Tensor) -> bool:
-    """Whether DeepSpeed owns a trained parameter: it steps on copies and writes through `.data`."""
-    return hasattr(weight, "_hp_mapping")
+def is_stepped(weight: torch.Tensor) -> bool:
+    """Whether a torch optimizer has stepped this very parameter.
+
+    DeepSpeed and others step copies and write back through `.data`, which nothing here would see.
+    """
+    return getattr(weight, _STEPPED, False)
 
 
 @torch.no_grad()
 def rewrite(layers: Iterable) -> None:
     """Write round(W0 + delta) into the written rows of SPFT layers, the sum in the wider dtype."""
     for bucket in _buckets(layers):
-        for layer, written, _ in bucket:
+        for _, written, _ in bucket:
             written.seen = None
-            _write_from_now_on(layer)
         sums = torch._foreach_add(
             [delta.weight.detach() for _, _, delta in bucket],
             [written.rows for _, written, _ in bucket],
@@ -113,39 +118,56 @@ def _put(layer, index: torch.Tensor, rows: torch.Tensor) -> None:
 def _buckets(layers: Iterable) -> Iterator[list[tuple]]:
     """Layers of one device with their written rows and deltas, so many at a time that the sums stay
     small beside a model."""
-    bucket, size = [], 0
+    bucket: list[tuple] = []
+    size = 0
     for layer in layers:
-        item = (layer, layer.written, layer.spft_delta[layer.written.adapter])
-        count = item[1].rows.numel()
-        if bucket and (
-            size + count > _BUCKET_ELEMENTS or item[1].rows.device != bucket[0][1].rows.device
-        ):
+        written = layer.written
+        device, count = written.rows.device, written.rows.numel()
+        full = size + count > _BUCKET_ELEMENTS.get(device.type, _BUCKET_ELEMENTS_ELSEWHERE)
+        if bucket and (full or device != bucket[0][1].rows.device):
             yield bucket
             bucket, size = [], 0
-        bucket.append(item)
+        bucket.append((layer, written, layer.spft_delta[written.adapter]))
         size += count
     if bucket:
         yield bucket
 
 
-# Layers whose rows follow the steps of any torch optimizer that holds their delta.
-_following: weakref.WeakSet = weakref.WeakSet()
+# SPFT layers, which follow the steps of any torch optimizer that holds their deltas.
+_layers: weakref.WeakSet = weakref.WeakSet()
 _hook = None
 
 
-def _write_from_now_on(layer) -> None:
+def follow_steps(layer) -> None:
+    """Rewrite a layer's rows, where it has written ones, after each step of its adapter's delta."""
     global _hook
-    _following.add(layer)
+    _layers.add(layer)
     if _hook is None:
         _hook = register_optimizer_step_post_hook(_after_step)
 
 
 def _after_step(optimizer, args, kwargs) -> None:
-    following = [layer for layer in _following if layer.written is not None]
-    if following:
-        stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        rewrite(
-            layer
-            for layer in following
-            if id(layer.spft_delta[layer.written.adapter].weight) in stepped
-        )
+    stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    due = []
+    for layer in _layers:
+        for name, delta in layer.spft_delta.items():
+            if id(delta.weight) not in stepped:
+                continue
+            setattr(delta.weight, _STEPPED, True)
+            written = layer.written
+            if written is None:
+                continue
+            if name == written.adapter:
+                due.append(layer)
+            elif layer.active_adapters == [name] and not _in_backward():
+                layer.restore()  # this adapter trains now; its next forward writes its rows
+    if _in_backward():
+        # Other layers' backward still needs the weights; the next forward sees to it.
+        for layer in due:
+            layer.written.seen = None
+    else:
+        rewrite(due)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1

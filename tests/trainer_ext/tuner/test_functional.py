@@ -104,6 +104,22 @@ def test_tracking_keeps_the_input_itself_and_gives_back_the_output_itself():
     torch.testing.assert_close(delta.grad, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("add", [add_selected_outputs, track_selected_outputs])
+def test_views_are_written_without_copies_of_their_gradients(add):
+    """Layers with a bias and Conv1D give views; writing to a view makes autograd copy gradients."""
+    x, weight, delta, index = make()
+    y = torch.nn.functional.linear(x, weight).view(2, 7, D_OUT)
+    assert y._is_view()
+    out = add(y, x, delta, index)
+    assert out.data_ptr() == y.data_ptr()
+    names, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(type(node).__name__)
+        nodes += [n for n, _ in node.next_functions if n is not None]
+    assert not any("CopySlices" in name for name in names), names
+
+
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_overwritten_outputs_are_another_weights(with_bias):
     x, weight, rows, index = make()

@@ -11,15 +11,16 @@ from adapters import fill_deltas, selected, trained
 from peft import get_peft_model_state_dict
 from tiny_models import batch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from written import base_weights, gradients, is_base, logits, originals, training
+from written import base_weights, gradients, is_base, logits, originals, step_once, training
 
-from trainer_ext import restore_base
+from trainer_ext import restore_base, write_through
 from trainer_ext.tuner import written_rows
 from trainer_ext.tuner.model import deltas, spft_layers
 
 
 def test_only_training_writes():
     model = trained()
+    step_once(model)
     model.eval()(**batch())
     model.train()
     with torch.no_grad():
@@ -155,7 +156,7 @@ def test_the_whole_models_state_dict_holds_w0(into):
     other = selected(seed=3).train()
     if into == "written":
         fill_deltas(other, scale=0.3)
-        other(**batch())
+        write_through(other)
     other.load_state_dict(state, strict=True)
     torch.testing.assert_close(logits(other), logits(model), rtol=1e-5, atol=1e-5)
     restore_base(other)
@@ -173,7 +174,7 @@ def test_distributed_checkpoints_hold_w0():
 def test_a_state_dict_from_before_writing_undoes_it():
     model = trained().train()
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    model(**batch())
+    assert write_through(model)
     model.load_state_dict(state, strict=True)
     restore_base(model)
     assert is_base(model)

@@ -12,7 +12,16 @@ from adapters import fill_deltas, selected, trained
 from peft import get_peft_model, get_peft_model_state_dict
 from tiny_models import batch, few_tokens, tiny_model, wide_model
 from transformers.optimization import Adafactor
-from written import base_weights, gradients, is_base, logits, originals, training, without_dropout
+from written import (
+    base_weights,
+    gradients,
+    is_base,
+    logits,
+    originals,
+    step_once,
+    training,
+    without_dropout,
+)
 
 from trainer_ext import (
     SelectedNeuronAdamW,
@@ -114,7 +123,7 @@ def test_fifty_steps_equal_the_delta_path_and_dense_masked_training(architecture
 
 def test_bf16_rows_are_the_rounded_sum_and_small_updates_are_not_lost():
     model = selected(dtype=torch.bfloat16).train()
-    model(**batch())
+    write_through(model)
     layer, delta = next(iter(spft_layers(model).values())), next(iter(deltas(model).values()))
     assert delta.weight.dtype == torch.float32
     before = layer.rows(delta.index)
@@ -184,6 +193,7 @@ def test_a_reference_forward_between_forward_and_backward(architecture):
 
 def test_a_reference_adapter_between_forward_and_backward():
     model = selected().train()
+    step_once(model)
     model.add_adapter("ref", copy.deepcopy(model.peft_config["default"]))
     fill_deltas(model, "ref", scale=0.02)
     model.set_adapter("default")
@@ -318,6 +328,7 @@ def test_rows_follow_every_optimizer_before_the_next_forward(make):
     model = get_peft_model(wide_model(), SpftConfig(r=32, importance="random"))
     select_neurons(model)
     model.train()
+    write_through(model)
     optimizer = make(trained_parameters(model))
     for data in few_tokens():
         model(**data).loss.backward()
@@ -331,9 +342,62 @@ def test_rows_follow_every_optimizer_before_the_next_forward(make):
             assert torch.equal(held, layer.written.rows + delta)
 
 
+def test_writing_begins_when_an_optimizer_has_stepped_the_deltas():
+    """Not before: what steps copies of them and writes back through `.data` cannot be followed."""
+    model = trained().train()
+    parameters = trained_parameters(model)
+    masters = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
+    unseen = torch.optim.SGD(masters, lr=0.1)
+    for _ in range(3):
+        model(**batch()).loss.backward()
+        for master, parameter in zip(masters, parameters, strict=True):
+            master.grad, parameter.grad = parameter.grad, None
+        unseen.step()
+        for master, parameter in zip(masters, parameters, strict=True):
+            parameter.data.copy_(master.data)
+        assert all(layer.written is None for layer in spft_layers(model).values())
+    step_once(model)
+    model(**batch())
+    assert all(layer.written is not None for layer in spft_layers(model).values())
+
+
+def test_an_optimizer_in_the_backward():
+    models = [training(), trained(forward="delta").train()]
+    for model in models:
+        for delta in deltas(model).values():
+            optimizer = torch.optim.SGD([delta.weight], lr=0.1, fused=True)
+
+            def step(parameter, optimizer=optimizer):
+                optimizer.step()
+                parameter.grad = None
+
+            delta.weight.register_post_accumulate_grad_hook(step)
+        for _ in range(3):
+            model(**batch()).loss.backward()
+    for name, delta in deltas(models[0]).items():
+        torch.testing.assert_close(delta.weight, deltas(models[1])[name].weight)
+    torch.testing.assert_close(logits(models[0]), logits(models[1]), rtol=1e-5, atol=1e-5)
+
+
+def test_the_adapter_that_trains_takes_the_rows_over():
+    model = training()
+    model.add_adapter("other", SpftConfig(r=3, importance="random", seed=7))
+    select_neurons(model, adapter_name="other")
+    model.set_adapter("other")
+    model.train()
+    optimizer = torch.optim.SGD([d.weight for d in deltas(model, "other").values()], lr=0.1)
+    for _ in range(2):
+        model(**batch()).loss.backward()
+        optimizer.step()
+    # the first step put the old rows back, the forward after it wrote the new ones
+    assert {layer.written.adapter for layer in spft_layers(model).values()} == {"other"}
+    restore_base(model)
+    assert is_base(model)
+
+
 def test_another_selection_moves_the_written_rows():
     model = selected().train()
-    model(**batch())
+    write_through(model)
     other = {n: (d.index + 1) for n, d in deltas(model).items()}
     for name, delta in deltas(model).items():
         delta.select(other[name])
@@ -364,14 +428,15 @@ def test_a_weight_that_two_modules_hold_is_not_written():
     model = get_peft_model(base, SpftConfig(r=4, importance="random"))
     select_neurons(model)
     fill_deltas(model)
+    write_through(model)
     model.train()(**batch())
     layers = spft_layers(model)
     shared = {name for name, layer in layers.items() if layer.written is None}
     assert shared == {"model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"}
     for delta in layers["model.layers.0.mlp.up_proj"]._configs.values():
         delta.forward = "write_through"
-    with pytest.raises(SpftError, match="used by another module"):
-        model(**batch())
+    with pytest.raises(SpftError, match=r"weight of model\.layers\.0\.mlp\.up_proj is .* used by"):
+        write_through(model)
 
 
 def test_a_weight_put_in_anothers_place_is_not_written():
@@ -393,6 +458,7 @@ def test_a_weight_put_in_anothers_place_is_not_written():
 
 def test_forward_delta_never_writes():
     model = trained(forward="delta").train()
+    step_once(model)
     model(**batch())
     assert not write_through(model)
     assert is_base(model)
