@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_models import dataset, tiny_model
+from tiny_models import batch, dataset, tiny_model
 from transformers import AutoModelForCausalLM
 
 from axolotl_spft import SPFTArgs
 from axolotl_spft.args import read_args
 from axolotl_spft.checks import refuse_unsupported
 from trainer_ext import SpftConfig
+from trainer_ext.tuner.model import deltas, spft_layers
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,8 +38,8 @@ def test_the_two_commands_are_the_first_thing_to_type():
     assert lines == ["make quickstart", "make test"]
 
 
-def test_the_python_block_runs(tmp_path, monkeypatch):
-    (code,) = blocks("python")
+def test_the_trainers_python_block_runs(tmp_path, monkeypatch):
+    code, _ = blocks("python")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: tiny_model())
     # the tiny model's layers are smaller than 64, and a hundred steps teach the test nothing
@@ -47,6 +48,15 @@ def test_the_python_block_runs(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), names)
     assert (tmp_path / "outputs/spft/adapter_model.safetensors").is_file()
     assert type(names["merged"]) is type(tiny_model())
+
+
+def test_the_loops_python_block_runs_and_writes_through(monkeypatch):
+    _, code = blocks("python")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: tiny_model())
+    names = {"batches": [batch(seed) for seed in range(3)]}
+    exec(compile(code.replace("r=64", "r=4"), "README.md", "exec"), names)
+    assert all(delta.weight.abs().sum() > 0 for delta in deltas(names["model"]).values())
+    assert all(layer.written is not None for layer in spft_layers(names["model"]).values())
 
 
 def test_the_yaml_block_is_accepted_by_the_plugin():
