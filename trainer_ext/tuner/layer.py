@@ -208,16 +208,17 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             adapter is merged and the base weight is whole. What is written is put back otherwise.
 
         Raises:
-            SpftError: `forward` is "write_through" and the weight is sharded, offloaded, shared
-                with another module or not the one that the adapter was put around.
+            SpftError: `forward` is "write_through" and the weight is sharded, offloaded, the
+                model's head, shared with another module or not the one that the adapter was put
+                around.
         """
         delta, mode = self.spft_delta[adapter_name], self._configs[adapter_name].forward
         whole = is_whole(self.get_base_layer().weight)
         if mode == "write_through" and not whole:
             raise SpftError(
                 f"`forward` is 'write_through' but the weight of {self._name} is sharded, "
-                "offloaded, used by another module too, or was replaced after the adapter was put "
-                "in; set `forward` to 'auto' or 'delta'"
+                "offloaded, the model's head, used by another module too, or was replaced after "
+                "the adapter was put in; set `forward` to 'auto' or 'delta'"
             )
         possible = mode != "delta" and whole and delta.is_selected and not self.merged
         written = self.written

@@ -166,7 +166,7 @@ def write_through(model: nn.Module, adapter_name: str = "default") -> int:
 
     Raises:
         SpftError: no layer carries the adapter, or `forward` is "write_through" and a weight is
-            sharded, offloaded, shared with another module or replaced.
+            sharded, offloaded, the model's head, shared with another module or replaced.
     """
     layers = spft_layers(model, adapter_name).values()
     written = [layer for layer in layers if layer.write_through(adapter_name)]

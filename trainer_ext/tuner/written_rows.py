@@ -59,14 +59,17 @@ def note_lone_weights(model: nn.Module, layers: Iterable) -> None:
     """Remember the base weights that nothing else in the model holds.
 
     Engines that put another tensor in a weight's place (FSDP2 does in every forward) lose the note,
-    and such a weight must not be written: what is written would be lost.
+    and such a weight must not be written: what is written would be lost. The head does not count:
+    where it is a target, PEFT saves its base weight into every checkpoint of the adapter.
     """
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     holders: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         holders[id(parameter)] = holders.get(id(parameter), 0) + 1
     for layer in layers:
         weight = layer.get_base_layer().weight
-        setattr(weight, _ALONE, holders.get(id(weight)) == 1)
+        is_head = head is not None and head in (layer, layer.get_base_layer())
+        setattr(weight, _ALONE, holders.get(id(weight)) == 1 and not is_head)
 
 
 def is_whole(weight: torch.Tensor) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapters import fill_deltas, selected, trained
 from peft import get_peft_model_state_dict
-from tiny_models import batch
+from tiny_models import batch, tiny_model
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from written import base_weights, gradients, is_base, logits, originals, step_once, training
 
@@ -147,6 +147,15 @@ def test_the_adapters_file_is_the_delta_paths():
     state, expected = get_peft_model_state_dict(training()), get_peft_model_state_dict(trained())
     assert state.keys() == expected.keys()
     assert all(torch.equal(state[key], value) for key, value in expected.items())
+
+
+def test_the_head_which_peft_saves_whole_is_never_written(tmp_path):
+    """A checkpoint would hold W0 + delta for the base weight, and delta beside it."""
+    model = training("llama_bias", target_modules=["lm_head", "q_proj"], layers=("lm_head",))
+    assert spft_layers(model)["lm_head"].written is None
+    state = get_peft_model_state_dict(model)
+    saved = state["base_model.model.lm_head.base_layer.weight"]
+    assert torch.equal(saved, tiny_model("llama_bias").lm_head.weight)
 
 
 @pytest.mark.parametrize("into", ["fresh", "written"])
