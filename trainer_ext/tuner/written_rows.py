@@ -18,9 +18,8 @@ from ..distributed import ShardLayout, write_neurons
 
 _ALONE, _STEPPED = "_spft_alone", "_spft_stepped"
 # Elements of deltas that are added to their rows in one operation: kernels are costly to start on a
-# GPU, and on a CPU one layer's sums still lie in its cache when they are copied.
-_BUCKET_ELEMENTS = {"cpu": 0}
-_BUCKET_ELEMENTS_ELSEWHERE = 2**24
+# GPU. On a CPU it is one layer's, whose sums still lie in the cache when they are copied.
+_BUCKET_ELEMENTS = 2**24
 
 
 @dataclass
@@ -126,7 +125,7 @@ def _buckets(layers: Iterable) -> Iterator[list[tuple]]:
     for layer in layers:
         written = layer.written
         device, count = written.rows.device, written.rows.numel()
-        full = size + count > _BUCKET_ELEMENTS.get(device.type, _BUCKET_ELEMENTS_ELSEWHERE)
+        full = device.type == "cpu" or size + count > _BUCKET_ELEMENTS
         if bucket and (full or device != bucket[0][1].rows.device):
             yield bucket
             bucket, size = [], 0
@@ -151,6 +150,8 @@ def follow_steps(layer) -> None:
 
 def _after_step(optimizer, args, kwargs) -> None:
     stepped = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    # Inside a backward other layers still need the weights; the next forward sees to it.
+    in_backward = torch._C._current_graph_task_id() != -1
     due = []
     for layer in _layers:
         for name, delta in layer.spft_delta.items():
@@ -161,16 +162,9 @@ def _after_step(optimizer, args, kwargs) -> None:
             if written is None:
                 continue
             if name == written.adapter:
+                written.seen = None
                 due.append(layer)
-            elif layer.active_adapters == [name] and not _in_backward():
+            elif layer.active_adapters == [name] and not in_backward:
                 layer.restore()  # this adapter trains now; its next forward writes its rows
-    if _in_backward():
-        # Other layers' backward still needs the weights; the next forward sees to it.
-        for layer in due:
-            layer.written.seen = None
-    else:
+    if not in_backward:
         rewrite(due)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
