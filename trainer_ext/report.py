@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .distributed import whole_numel, world_size
+from .distributed import local_tensor, whole_numel, world_size
 from .errors import in_plain_words
 from .files import write_bytes
 from .provenance import package_versions
@@ -93,7 +93,7 @@ def optimizer_state_bytes(optimizer) -> int:
     """Bytes that this process holds of an optimizer's state, wrapped by accelerate or not."""
     optimizer = getattr(optimizer, "optimizer", optimizer)
     held = (
-        value.to_local() if hasattr(value, "to_local") else value  # FSDP2's are of global size
+        local_tensor(value)
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)

@@ -16,13 +16,14 @@ from transformers import Trainer, TrainerCallback
 from .calibration import load_scores, measure_importance, select_by_scores
 from .class_column import add_class_column, hide_classes
 from .config import SpftConfig
-from .distributed import refuse_unsupported_engine, release_gathered_weights
+from .distributed import Engine, refuse_unsupported_engine, release_gathered_weights
 from .errors import SpftError, in_plain_words
 from .importance import METRIC_CLASSES
 from .optim import use_selected_neuron_optimizer
 from .peft_type import add_peft_type
 from .provenance import DataFingerprint
 from .report import RunFigures, optimizer_state_bytes, write_report
+from .saving import CheckpointKeeper
 from .scores import ImportanceScores
 from .trainer_batches import bare_model, first_batches, may_be_one_shot, untouched
 from .tuner.model import (
@@ -63,6 +64,7 @@ class SpftCallback(TrainerCallback):
         self._class_mistake: SpftError | None = None
         self._let_batches_carry_classes()
         use_selected_neuron_optimizer(trainer)
+        CheckpointKeeper(trainer)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()
@@ -102,7 +104,7 @@ class SpftCallback(TrainerCallback):
         self._step_started = time.perf_counter()
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        if self.trainer.is_deepspeed_enabled:  # it steps on copies of the deltas
+        if Engine.of(self.trainer).steps_copies:
             model = bare_model(self.trainer)
             write_through(model, active_spft_adapter(model))
 
@@ -270,9 +272,6 @@ class SpftTrainerMixin:
     def __init__(self, model=None, args=None, *more, spft_config: SpftConfig | None = None, **kw):
         if spft_config is not None:
             model = _wrap(model, spft_config)
-            if args is not None and args.gradient_checkpointing:
-                # Reentrant checkpointing drops the graph of blocks whose input needs no gradient.
-                model.enable_input_require_grads()
         super().__init__(model, args, *more, **kw)
         self.add_callback(SpftCallback(self))
 

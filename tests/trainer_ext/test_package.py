@@ -20,7 +20,8 @@ LAYERS = [
     {"tuner"},
     {"importance", "optim", "selection"},
     {"calibration", "report_page"},
-    {"trainer_batches", "report"},
+    {"trainer_batches", "report", "checkpoints", "training_state"},
+    {"saving"},
     {"trainer"},
     {"__init__"},
 ]

@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
+from ..distributed import optimizer_is_replaced
 from ..errors import SpftError
 from ..tuner.trained import trained_parameters
 from .adamw import SelectedNeuronAdamW
@@ -115,7 +116,7 @@ def use_selected_neuron_optimizer(trainer: Trainer) -> None:
 def _class_and_kwargs(named: Callable, args: TrainingArguments, model=None) -> tuple[Any, Any]:
     """What `Trainer.get_optimizer_cls_and_kwargs` returns; `named` is the trainer's own."""
     choice = selected_neuron_optimizer(args)
-    if choice is None or model is None or _deepspeed_replaces_it(args):
+    if choice is None or model is None or optimizer_is_replaced(args):
         return named(args, model)
     trained = set(map(id, trained_parameters(model)))  # marks them, too
     others = [
@@ -131,13 +132,3 @@ def _class_and_kwargs(named: Callable, args: TrainingArguments, model=None) -> t
     if others or not trained:
         return named(args, model)
     return choice
-
-
-def _deepspeed_replaces_it(args: TrainingArguments) -> bool:
-    """accelerate turns what it is given into DeepSpeedCPUAdam; as AdamW only if it is torch's."""
-    if getattr(args, "hf_deepspeed_config", None) is None:
-        return False
-    config = args.hf_deepspeed_config.config
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    on_host = offload.get("device", "none") != "none"
-    return on_host and config.get("zero_force_ds_cpu_optimizer", True)

@@ -35,6 +35,8 @@ class NeuronDelta(nn.Module):
         selected: bool (), whether the index has been chosen. It is saved with the adapter.
     """
 
+    SAVED_BUFFERS = ("index", "selected")
+
     def __init__(self, r: int, d_in: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(r, d_in))

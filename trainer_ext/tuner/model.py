@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import contextmanager
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
@@ -182,6 +183,19 @@ def restore_base(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SpftLinear):
             module.restore()
+
+
+@contextmanager
+def buffers_out_of_state_dict(model: nn.Module):
+    """Meanwhile `state_dict` leaves out which neurons are selected; buffers stay as they are."""
+    modules = [module for module in model.modules() if isinstance(module, NeuronDelta)]
+    for module in modules:
+        module._non_persistent_buffers_set.update(NeuronDelta.SAVED_BUFFERS)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._non_persistent_buffers_set.difference_update(NeuronDelta.SAVED_BUFFERS)
 
 
 def is_selected(model: nn.Module, adapter_name: str = "default") -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..distributed import ShardLayout, write_neurons
+from ..distributed import ShardLayout, is_sharded, write_neurons
 
 _ALONE, _STEPPED = "_spft_alone", "_spft_stepped"
 # Elements of deltas that are added to their rows in one operation: kernels are costly to start on a
@@ -75,8 +75,7 @@ def is_whole(weight: torch.Tensor) -> bool:
     """Whether this process holds all of a dense weight, for itself and for good."""
     return (
         getattr(weight, _ALONE, False)
-        and not hasattr(weight, "ds_tensor")  # ZeRO-3
-        and not hasattr(weight, "placements")  # FSDP2, tensor parallelism
+        and not is_sharded(weight)
         and weight.device.type != "meta"
         and weight.is_floating_point()
     )

@@ -1,65 +1,15 @@
-"""Who else takes part in a run: sums over processes, and what of a weight each of them holds."""
+"""What of a weight each process holds, and reading and writing neurons of sharded weights."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
-from .errors import SpftError
-
-logger = logging.getLogger(__name__)
-
-
-def world_size() -> int:
-    """Number of processes; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def process_rank() -> int:
-    """This process's number, from 0; 0 without torch.distributed."""
-    return dist.get_rank() if world_size() > 1 else 0
-
-
-def sum_over_processes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Add each tensor up over all processes in fp64, in one reduction; all get the same bits.
-
-    Args:
-        tensors: the same names and shapes on every process; not modified.
-    """
-    if world_size() == 1 or not tensors:
-        return tensors
-    flat = torch.cat([t.double().flatten() for t in tensors.values()])
-    flat = flat.to(_communication_device(flat.device))
-    dist.all_reduce(flat)
-    parts = flat.split([t.numel() for t in tensors.values()])
-    return {
-        name: part.view(tensor.shape).to(tensor.device)
-        for (name, tensor), part in zip(tensors.items(), parts, strict=True)
-    }
-
-
-def mean_over_processes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """As `sum_over_processes`, divided by the number of processes."""
-    if world_size() == 1:
-        return tensors
-    return {name: total / world_size() for name, total in sum_over_processes(tensors).items()}
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set on any process; all of them must ask."""
-    return bool(sum_over_processes({"flag": torch.tensor(float(flag))})["flag"])
-
-
-def _communication_device(device: torch.device) -> torch.device:
-    """Where a tensor on `device` must go to be communicated: NCCL knows no CPU memory."""
-    accelerator = torch.accelerator.current_accelerator()
-    if device.type != "cpu" or accelerator is None or "gloo" in dist.get_backend():
-        return device
-    return torch.device(accelerator.type, torch.accelerator.current_device_index())
+from ..errors import SpftError
+from .processes import any_process, process_rank, sum_over_processes, world_size
 
 
 @dataclass(frozen=True)
@@ -201,6 +151,16 @@ def local_shard(weight: torch.Tensor, layout: ShardLayout) -> torch.Tensor:
     return weight.detach().reshape(-1)[start:stop]
 
 
+def is_sharded(parameter: torch.Tensor) -> bool:
+    """Whether this process holds but a part of a parameter for good (ZeRO-3, FSDP2)."""
+    return hasattr(parameter, "ds_tensor") or hasattr(parameter, "placements")
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor; of FSDP2's, which are of global size, its own part."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def whole_numel(parameter: torch.Tensor) -> int:
     """Number of elements of a parameter over all processes, sharded or not."""
     return getattr(parameter, "ds_numel", None) or parameter.numel()
@@ -256,41 +216,3 @@ def write_neurons(
         # forwards read must follow.
         whole = weight.data.view(layout.rows, layout.columns)
         write_neurons(whole, ShardLayout.of(whole, layout.neurons_are_columns), index, rows)
-
-
-def release_gathered_weights(model: torch.nn.Module, engine: object = None) -> None:
-    """Let an engine shard again what passes outside of its own schedule have gathered.
-
-    Args:
-        engine: the DeepSpeed engine, if one trains.
-    """
-    for module in model.modules():
-        if hasattr(module, "unshard") and hasattr(module, "reshard"):  # FSDP2's FSDPModule
-            module.reshard()
-    offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
-    if offload is not None:  # ZeRO-3
-        offload.partition_all_parameters()
-
-
-def refuse_unsupported_engine(trainer) -> None:
-    """Refuse engines that SPFT cannot train under, and warn of what is not tested under others.
-
-    Raises:
-        SpftError: names the engine.
-    """
-    if trainer.args.n_gpu > 1:
-        raise SpftError(
-            "SPFT does not train under torch.nn.DataParallel; start one process a GPU "
-            "(accelerate launch --multi_gpu), or show one GPU by CUDA_VISIBLE_DEVICES"
-        )
-    if getattr(trainer, "is_fsdp_enabled", False) and not getattr(
-        trainer.accelerator, "is_fsdp2", False
-    ):
-        raise SpftError("SPFT does not train under FSDP1; set fsdp_version: 2")
-    for name in ("DeepSpeed", "FSDP"):
-        if getattr(trainer, f"is_{name.lower()}_enabled", False):
-            logger.warning(
-                "SPFT under %s: calibration and training steps are tested, saving and resuming are "
-                "not yet; check the first checkpoint before a long run",
-                name,
-            )

@@ -1,0 +1,173 @@
+"""Starts real processes by forking one that has imported everything: a second each, not ten.
+
+They are ordinary processes on gloo with torchrun's environment variables; only their start differs.
+`launch` of processes.py starts them from nothing, by torchrun.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+WORKERS = HERE.parent / "distributed"
+PATHS = (ROOT, HERE, WORKERS, ROOT / "benchmarks")
+
+
+@dataclass
+class Ended:
+    """How a run ended.
+
+    Attributes:
+        codes: exit code of each process; -9 of one that was killed.
+        errors: what each wrote to its standard error.
+        results: what each saved as rank<k>.pt; None where it did not.
+    """
+
+    codes: list[int]
+    errors: list[str]
+    results: list = field(default_factory=list)
+
+
+def run(worker: str, folder: Path, world: int, *arguments: str, timeout: int = 240) -> Ended:
+    """Run tests/distributed/<worker> in `world` processes until all have ended.
+
+    When one has died the others get ten seconds to end, as torchrun would end them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    request = {
+        "worker": str(WORKERS / worker),
+        "arguments": [str(folder), *arguments],
+        "world": world,
+        "folder": str(folder),
+        "timeout": timeout,
+    }
+    server = _server()
+    server.stdin.write(json.dumps(request) + "\n")
+    server.stdin.flush()
+    codes = json.loads(server.stdout.readline())
+    errors = [(folder / f"stderr{rank}").read_text(errors="replace") for rank in range(world)]
+    files = [folder / f"rank{rank}.pt" for rank in range(world)]
+    results = [torch.load(f, weights_only=True) if f.is_file() else None for f in files]
+    return Ended(codes, errors, results)
+
+
+def launch(worker: str, folder: Path, world: int, *arguments: str, timeout: int = 240) -> list:
+    """As `run`, for runs that must succeed: what every process saved."""
+    ended = run(worker, folder, world, *arguments, timeout=timeout)
+    assert ended.codes == [0] * world, "\n".join(e[-6000:] for e in ended.errors)
+    return ended.results
+
+
+_process: subprocess.Popen | None = None
+
+
+def _server() -> subprocess.Popen:
+    global _process
+    if _process is None or _process.poll() is not None:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
+            "OMP_NUM_THREADS": "1",
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        }
+        _process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        atexit.register(_process.kill)
+    return _process
+
+
+def serve() -> None:
+    """Answer requests, one a line, until the standard input ends."""
+    answers = os.fdopen(os.dup(1), "w")  # what imports print goes elsewhere
+    os.dup2(2, 1)
+    import bitsandbytes
+    import deepspeed
+    import torch.distributed.checkpoint
+    import torch.distributed.fsdp
+    import transformers.models.llama.modeling_llama  # noqa: F401
+    from deepspeed.runtime.zero import stage3, stage_1_and_2  # noqa: F401
+    from torch.distributed.tensor import DTensor  # noqa: F401
+
+    import trainer_ext  # noqa: F401
+
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(_fork(json.loads(line))), file=answers, flush=True)
+
+
+def _fork(request: dict) -> list[int]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    world = request["world"]
+    pids = [_start(request, rank, port) for rank in range(world)]
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + request["timeout"]
+    while len(codes) < world:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            codes[pid] = os.waitstatus_to_exitcode(status)
+            if codes[pid]:
+                deadline = min(deadline, time.monotonic() + 10)
+            continue
+        if time.monotonic() > deadline:
+            for pid in set(pids) - codes.keys():
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    return [codes[pid] for pid in pids]
+
+
+def _start(request: dict, rank: int, port: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        world = request["world"]
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+        if world > 1:
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+        error = os.open(f"{request['folder']}/stderr{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
+        os.dup2(error, 2)
+        os.dup2(error, 1)
+        sys.argv = [request["worker"], *request["arguments"]]
+        runpy.run_path(request["worker"], run_name="__main__")
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stderr.flush()
+        sys.stdout.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,70 @@
+"""Who else takes part in a run: processes, engines, and what each process holds.
+
+Everything that knows of DeepSpeed or FSDP is in this package; the rest of `trainer_ext` asks it.
+"""
+
+from .engines import (
+    Engine,
+    optimizer_is_replaced,
+    refuse_unsupported_engine,
+    release_gathered_weights,
+    settle_checkpointing,
+)
+from .processes import (
+    any_process,
+    from_main_process,
+    mean_over_processes,
+    process_rank,
+    sum_over_processes,
+    wait_for_all,
+    world_size,
+)
+from .shards import (
+    Block,
+    ShardLayout,
+    any_nonzero,
+    is_sharded,
+    local_shard,
+    local_tensor,
+    read_neurons,
+    whole_numel,
+    write_neurons,
+)
+from .stepped import (
+    Stepped,
+    held_parameter,
+    innermost_optimizer,
+    like_stepped,
+    stepped_parameters,
+    whole_groups,
+)
+
+__all__ = [
+    "Block",
+    "Engine",
+    "ShardLayout",
+    "Stepped",
+    "any_nonzero",
+    "any_process",
+    "from_main_process",
+    "held_parameter",
+    "innermost_optimizer",
+    "is_sharded",
+    "like_stepped",
+    "local_shard",
+    "local_tensor",
+    "mean_over_processes",
+    "optimizer_is_replaced",
+    "process_rank",
+    "read_neurons",
+    "refuse_unsupported_engine",
+    "release_gathered_weights",
+    "settle_checkpointing",
+    "stepped_parameters",
+    "sum_over_processes",
+    "wait_for_all",
+    "whole_groups",
+    "whole_numel",
+    "world_size",
+    "write_neurons",
+]

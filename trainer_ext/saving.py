@@ -1,0 +1,211 @@
+"""Saving and resuming of any trainer: small, whole, and independent of the engine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import contextmanager
+
+import torch
+from transformers import Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+
+from . import checkpoints
+from .checkpoints import CheckpointMark
+from .distributed import Engine, settle_checkpointing, wait_for_all, world_size
+from .errors import SpftError
+from .trainer_batches import bare_model
+from .training_state import OPTIMIZER_FILE, TrainingState, own_optimizer_file, plain_name
+from .tuner.model import buffers_out_of_state_dict
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULER_FILE = "scheduler.pt"
+
+
+class CheckpointKeeper:
+    """Takes over a trainer's checkpoints.
+
+    - A checkpoint holds the adapter and its optimizer's state, never the base model: under engines
+      that divide them, what `TrainingState` puts together, in the files of a run without engine.
+    - Its folder says whether it is complete (`checkpoints`); an older one is removed only after
+      that.
+    - `train(resume_from_checkpoint=True)` goes on from the last complete one, under whichever
+      engine and number of processes.
+
+    All of it happens in methods of the instance, so it works with subclasses of Trainer that
+    override them, as Axolotl's and TRL's do.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self._groups: list[list[str]] = []
+        for name in (
+            "train",
+            "create_optimizer",
+            "_prepare_for_training",
+            "save_model",
+            "_save_checkpoint",
+            "_save_optimizer_and_scheduler",
+            "_load_best_model",
+        ):
+            setattr(self, f"_trainers_{name.strip('_')}", getattr(trainer, name))
+            setattr(trainer, name, getattr(self, name.strip("_")))
+
+    @property
+    def _divided(self) -> bool:
+        return Engine.of(self.trainer).divides_state
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """As the trainer's.
+
+        Raises:
+            SpftError: the checkpoint is incomplete, or cannot be gone on from here.
+        """
+        settle_checkpointing(self.trainer)
+        if resume_from_checkpoint is True:
+            output_dir = self.trainer.args.output_dir
+            resume_from_checkpoint = checkpoints.last_complete(output_dir)
+            if resume_from_checkpoint is None:
+                raise SpftError(
+                    f"resume_from_checkpoint is True but {output_dir!r} holds no complete "
+                    "checkpoint; start anew without it"
+                )
+        elif resume_from_checkpoint:
+            resume_from_checkpoint = checkpoints.check_given(resume_from_checkpoint)
+        if resume_from_checkpoint:
+            self._check_resumable(resume_from_checkpoint)
+        return self._trainers_train(resume_from_checkpoint, *args, **kwargs)
+
+    def _check_resumable(self, folder: str) -> None:
+        mark = CheckpointMark.read(folder)
+        if mark is None:
+            return
+        engine = Engine.of(self.trainer).name
+        if (engine, world_size()) != (mark.engine, mark.world_size):
+            whole = os.path.isfile(os.path.join(folder, OPTIMIZER_FILE))
+            if not whole and not self.trainer.args.save_only_model:
+                raise SpftError(
+                    f"{folder!r} holds 8-bit moments as {mark.world_size} processes of "
+                    f"{mark.engine} had them, which {world_size()} of {engine} cannot divide anew; "
+                    "resume with those, or start from its adapter (lora_model_dir) with fresh "
+                    "moments"
+                )
+            logger.warning(
+                "resuming under %s with %d processes from a checkpoint made under %s with %d",
+                engine,
+                world_size(),
+                mark.engine,
+                mark.world_size,
+            )
+        if mark.global_batch != self._global_batch():
+            logger.warning(
+                "an optimizer step had %d rows when %s was made and has %d now: the data that "
+                "follows is not that of the interrupted run",
+                mark.global_batch,
+                folder,
+                self._global_batch(),
+            )
+
+    def create_optimizer(self, *args, **kwargs):
+        optimizer = self._trainers_create_optimizer(*args, **kwargs)
+        names = {id(p): plain_name(n) for n, p in self.trainer.model.named_parameters()}
+        self._groups = [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+        return optimizer
+
+    def prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        divided = self._divided
+        with _spft_buffers_left_alone(self.trainer):
+            prepared = self._trainers_prepare_for_training(
+                max_steps, train_dataloader, None if divided else resume_from_checkpoint
+            )
+        if divided and resume_from_checkpoint is not None:
+            state = self._state()
+            state.load_adapter(resume_from_checkpoint)
+            self._load_optimizer_and_scheduler(state, resume_from_checkpoint)
+        return prepared
+
+    def _load_optimizer_and_scheduler(self, state: TrainingState, folder: str) -> None:
+        scheduler = os.path.join(folder, _SCHEDULER_FILE)
+        own, whole = own_optimizer_file(folder), os.path.join(folder, OPTIMIZER_FILE)
+        if not (os.path.isfile(scheduler) and (own.is_file() or os.path.isfile(whole))):
+            logger.warning("%s holds no optimizer state; its moments start anew", folder)
+            return
+        state.load_optimizer(folder)
+        self.trainer.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
+        self.trainer._load_scaler(folder)
+
+    def _state(self) -> TrainingState:
+        trainer = self.trainer
+        return TrainingState(
+            Engine.of(trainer), bare_model(trainer), trainer.optimizer, self._groups
+        )
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        trainer = self.trainer
+        if not self._divided or trainer.optimizer is None:  # not trained yet
+            return self._trainers_save_model(output_dir, _internal_call)
+        tensors = self._state().adapters()
+        if trainer.args.should_save:
+            trainer._save(output_dir or trainer.args.output_dir, state_dict=tensors)
+        if trainer.args.push_to_hub and not _internal_call:
+            trainer.push_to_hub(commit_message="Model save", revision=trainer.args.hub_revision)
+        return None
+
+    def save_checkpoint(self, model, trial, **kwargs):
+        trainer = self.trainer
+        args, step = trainer.args, trainer.state.global_step
+        run_dir = trainer._get_output_dir(trial=trial)
+        folder = os.path.join(run_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        mark = CheckpointMark(
+            complete=False,
+            step=step,
+            engine=Engine.of(trainer).name,
+            world_size=world_size(),
+            global_batch=self._global_batch(),
+        )
+        checkpoints.begin(folder, mark)
+        limit, args.save_total_limit = args.save_total_limit, None
+        try:
+            result = self._trainers_save_checkpoint(model, trial, **kwargs)
+        finally:
+            args.save_total_limit = limit
+        checkpoints.finish(folder, mark)
+        if args.should_save:
+            rotate_checkpoints(
+                output_dir=run_dir,
+                save_total_limit=limit,
+                best_model_checkpoint=trainer.state.best_model_checkpoint,
+                use_mtime=True,
+            )
+        return result
+
+    def save_optimizer_and_scheduler(self, output_dir):
+        if not self._divided:
+            return self._trainers_save_optimizer_and_scheduler(output_dir)
+        self._state().save_optimizer(output_dir)
+        if self.trainer.args.should_save:
+            scheduler = self.trainer.lr_scheduler.state_dict()
+            torch.save(scheduler, os.path.join(output_dir, _SCHEDULER_FILE))
+        return None
+
+    def load_best_model(self):
+        if not self._divided:
+            return self._trainers_load_best_model()
+        wait_for_all()
+        logger.info("loading the best adapter from %s", self.trainer.state.best_model_checkpoint)
+        return self._state().load_adapter(self.trainer.state.best_model_checkpoint)
+
+    def _global_batch(self) -> int:
+        args = self.trainer.args
+        return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+@contextmanager
+def _spft_buffers_left_alone(trainer: Trainer):
+    """FSDP2's loading by one process takes everything in the state dict for a sharded parameter."""
+    if Engine.of(trainer).kind != "fsdp2":
+        yield
+        return
+    with buffers_out_of_state_dict(trainer.model):
+        yield
