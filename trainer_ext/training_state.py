@@ -139,11 +139,20 @@ class TrainingState:
             if whole is not None:
                 state[number] = whole
         if process_rank() == 0:
-            groups, first = [], 0
-            for group, names in zip(self._optimizer.param_groups, self._groups, strict=True):
+            saved = {"state": state, "param_groups": self._groups_of_whole()}
+            torch.save(saved, Path(folder) / OPTIMIZER_FILE)
+
+    def _groups_of_whole(self) -> list[dict[str, Any]]:
+        """The optimizer's groups as they were constructed: engines leave empty ones out."""
+        groups, first = [], 0
+        with whole_groups(self._engine, self._wrapped) as optimizer:
+            live = [group for group in optimizer.param_groups if group["params"]]
+            of_names = iter(live)
+            for names in self._groups:
+                group = next(of_names) if names else live[0]
                 groups.append({**group, "params": list(range(first, first + len(names)))})
                 first += len(names)
-            torch.save({"state": state, "param_groups": groups}, Path(folder) / OPTIMIZER_FILE)
+        return groups
 
     def load_optimizer(self, folder: str | Path) -> None:
         """Take over what `save_optimizer` has written, under whichever engine.
@@ -163,7 +172,9 @@ class TrainingState:
         numbers = self._numbers_in(saved, folder)
         with whole_groups(self._engine, self._wrapped) as optimizer:
             groups, state, first = [], {}, 0
-            for group, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            filled = iter([group for group in saved["param_groups"] if group["params"]])
+            for group in optimizer.param_groups:
+                theirs = next(filled) if group["params"] else {}
                 kernels = {key: group[key] for key in _KERNEL_KEYS if key in group}
                 numbered = list(range(first, first + len(group["params"])))
                 groups.append({**group, **theirs, **kernels, "params": numbered})

@@ -201,7 +201,7 @@ def offer_fsdp_on_cpu() -> None:
 
 def start(engine: str) -> None:
     """What DeepSpeed needs on CPU: gloo chosen before accelerate looks, and one fix."""
-    if engine == "fsdp2":
+    if engine.startswith("fsdp2"):
         offer_fsdp_on_cpu()
     if not engine.startswith("zero"):
         return

@@ -99,8 +99,6 @@ def serve() -> None:
     """Answer requests, one a line, until the standard input ends."""
     answers = os.fdopen(os.dup(1), "w")  # what imports print goes elsewhere
     os.dup2(2, 1)
-    import bitsandbytes
-    import deepspeed
     import torch.distributed.checkpoint
     import torch.distributed.fsdp
     import transformers.models.llama.modeling_llama  # noqa: F401
