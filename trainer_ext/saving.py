@@ -6,7 +6,6 @@ import logging
 import os
 from contextlib import contextmanager
 
-import torch
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
@@ -19,8 +18,6 @@ from .training_state import OPTIMIZER_FILE, TrainingState, own_optimizer_file, p
 from .tuner.model import buffers_out_of_state_dict
 
 logger = logging.getLogger(__name__)
-
-_SCHEDULER_FILE = "scheduler.pt"
 
 
 class CheckpointKeeper:
@@ -47,6 +44,7 @@ class CheckpointKeeper:
             "save_model",
             "_save_checkpoint",
             "_save_optimizer_and_scheduler",
+            "_load_optimizer_and_scheduler",
             "_load_best_model",
         ):
             setattr(self, f"_trainers_{name.strip('_')}", getattr(trainer, name))
@@ -120,20 +118,22 @@ class CheckpointKeeper:
                 max_steps, train_dataloader, None if divided else resume_from_checkpoint
             )
         if divided and resume_from_checkpoint is not None:
-            state = self._state()
-            state.load_adapter(resume_from_checkpoint)
-            self._load_optimizer_and_scheduler(state, resume_from_checkpoint)
+            self._state().load_adapter(resume_from_checkpoint)
+            self.load_optimizer_and_scheduler(resume_from_checkpoint)
+            self.trainer._load_scaler(resume_from_checkpoint)
         return prepared
 
-    def _load_optimizer_and_scheduler(self, state: TrainingState, folder: str) -> None:
-        scheduler = os.path.join(folder, _SCHEDULER_FILE)
-        own, whole = own_optimizer_file(folder), os.path.join(folder, OPTIMIZER_FILE)
-        if not (os.path.isfile(scheduler) and (own.is_file() or os.path.isfile(whole))):
-            logger.warning("%s holds no optimizer state; its moments start anew", folder)
-            return
-        state.load_optimizer(folder)
-        self.trainer.lr_scheduler.load_state_dict(torch.load(scheduler, weights_only=True))
-        self.trainer._load_scaler(folder)
+    def load_optimizer_and_scheduler(self, checkpoint):
+        if checkpoint is None or Engine.of(self.trainer).kind == "none":
+            return self._trainers_load_optimizer_and_scheduler(checkpoint)
+        whole = os.path.join(checkpoint, OPTIMIZER_FILE)
+        if not own_optimizer_file(checkpoint).is_file() and not os.path.isfile(whole):
+            logger.warning("%s holds no optimizer state; its moments start anew", checkpoint)
+            return None
+        state = self._state()
+        state.load_optimizer(checkpoint)
+        state.load_scheduler(self.trainer.lr_scheduler, checkpoint)
+        return None
 
     def _state(self) -> TrainingState:
         trainer = self.trainer
@@ -183,10 +183,9 @@ class CheckpointKeeper:
     def save_optimizer_and_scheduler(self, output_dir):
         if not self._divided:
             return self._trainers_save_optimizer_and_scheduler(output_dir)
-        self._state().save_optimizer(output_dir)
-        if self.trainer.args.should_save:
-            scheduler = self.trainer.lr_scheduler.state_dict()
-            torch.save(scheduler, os.path.join(output_dir, _SCHEDULER_FILE))
+        state = self._state()
+        state.save_optimizer(output_dir)
+        state.save_scheduler(self.trainer.lr_scheduler, output_dir)
         return None
 
     def load_best_model(self):

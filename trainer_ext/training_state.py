@@ -31,6 +31,7 @@ from .distributed import (
 from .errors import SpftError
 
 OPTIMIZER_FILE = "optimizer.pt"
+SCHEDULER_FILE = "scheduler.pt"
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 _ADAPTERS_OWN = (".spft_delta.", ".modules_to_save.")
 _KERNEL_KEYS = ("params", "foreach", "fused")
@@ -47,7 +48,6 @@ class TrainingState:
     """What a prepared trainer trains, wherever its engine keeps it. All processes must ask alike.
 
     Args:
-        engine: one that divides the optimizer's state.
         model: the PEFT model without the engine's wrapper.
         optimizer: as the trainer has it.
         groups: names of the trained parameters by group, as the optimizer was constructed.
@@ -161,14 +161,13 @@ class TrainingState:
             SpftError: groups or shapes do not fit; nothing is changed then.
         """
         own = own_optimizer_file(folder)
-        if own.is_file():
-            with whole_groups(self._engine, self._wrapped) as optimizer:
-                optimizer.load_state_dict(torch.load(own, map_location="cpu", weights_only=True))
-            return
+        path = own if own.is_file() else Path(folder) / OPTIMIZER_FILE
         # mapped: of the other processes' parts no byte is read
-        saved = torch.load(
-            Path(folder) / OPTIMIZER_FILE, map_location="cpu", mmap=True, weights_only=True
-        )
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if own.is_file() or not self._engine.divides_state:
+            with whole_groups(self._engine, self._wrapped) as optimizer:
+                optimizer.load_state_dict(saved)
+            return
         numbers = self._numbers_in(saved, folder)
         with whole_groups(self._engine, self._wrapped) as optimizer:
             groups, state, first = [], {}, 0
@@ -183,6 +182,27 @@ class TrainingState:
                 first += len(numbered)
             state = {number: entries for number, entries in state.items() if entries}
             optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+    def save_scheduler(self, scheduler, folder: str | Path) -> None:
+        """Write `scheduler.pt` for the groups as they were constructed; process 0 does."""
+        sizes = list(map(len, self._groups))
+        live = self._live_groups()
+        of_group = [live.index(i) if i in live else 0 for i in range(len(sizes))]
+        if process_rank() == 0:
+            state = _by_group(scheduler.state_dict(), len(live), of_group)
+            torch.save(state, Path(folder) / SCHEDULER_FILE)
+
+    def load_scheduler(self, scheduler, folder: str | Path) -> None:
+        """Take over what `save_scheduler` has written."""
+        state = torch.load(Path(folder) / SCHEDULER_FILE, map_location="cpu", weights_only=True)
+        scheduler.load_state_dict(_by_group(state, len(self._groups), self._live_groups()))
+
+    def _live_groups(self) -> list[int]:
+        """Which of the constructed groups the optimizer has: DeepSpeed drops empty ones."""
+        every = range(len(self._groups))
+        if len(self._optimizer.param_groups) == len(self._groups):
+            return list(every)
+        return [number for number in every if self._groups[number]]
 
     def _numbers_in(self, saved: dict, folder: str | Path) -> dict[str, int]:
         """Parameter name -> its number in a saved state dict."""
@@ -257,6 +277,16 @@ class TrainingState:
             for value in entries.values()
             if _is_whole_sized(value)
         )
+
+
+def _by_group(state: dict[str, Any], groups: int, chosen: list[int]) -> dict[str, Any]:
+    """A scheduler's state with its lists of one value a group taken from the chosen ones."""
+    return {
+        key: [value[number] for number in chosen]
+        if isinstance(value, list) and len(value) == groups
+        else value
+        for key, value in state.items()
+    }
 
 
 def _is_whole_sized(value: Any) -> bool:
