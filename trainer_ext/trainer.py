@@ -16,7 +16,12 @@ from transformers import Trainer, TrainerCallback
 from .calibration import load_scores, measure_importance, select_by_scores
 from .class_column import add_class_column, hide_classes
 from .config import SpftConfig
-from .distributed import Engine, refuse_unsupported_engine, release_gathered_weights
+from .distributed import (
+    Engine,
+    note_trained_parameters,
+    refuse_unsupported_engine,
+    release_gathered_weights,
+)
 from .errors import SpftError, in_plain_words
 from .importance import METRIC_CLASSES
 from .optim import use_selected_neuron_optimizer
@@ -142,6 +147,7 @@ class SpftCallback(TrainerCallback):
         """The model that is about to be trained or calibrated, and its SPFT adapter's name."""
         refuse_unsupported_engine(self.trainer)
         model = bare_model(self.trainer)
+        note_trained_parameters(model)
         adapter_name = active_spft_adapter(model)
         if _calibrates_by_class(model.peft_config[adapter_name]):
             hide_classes(model)  # model_init may have made another model

@@ -5,6 +5,7 @@ Everything that knows of DeepSpeed or FSDP is in this package; the rest of `trai
 
 from .engines import (
     Engine,
+    note_trained_parameters,
     optimizer_is_replaced,
     refuse_unsupported_engine,
     release_gathered_weights,
@@ -54,6 +55,7 @@ __all__ = [
     "local_shard",
     "local_tensor",
     "mean_over_processes",
+    "note_trained_parameters",
     "optimizer_is_replaced",
     "process_rank",
     "read_neurons",

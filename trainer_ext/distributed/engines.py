@@ -133,6 +133,16 @@ def settle_checkpointing(trainer: Trainer) -> None:
         trainer.model.enable_input_require_grads()
 
 
+def note_trained_parameters(model: torch.nn.Module) -> None:
+    """Let FSDP2 look at the parameters now; must be called before any of them is frozen for a time.
+
+    In its first forward it notes the dtype of those that require a gradient, and casts gradients
+    to that from then on.
+    """
+    if hasattr(model, "unshard"):
+        model._get_fsdp_state()._lazy_init()
+
+
 def release_gathered_weights(model: torch.nn.Module, engine: object = None) -> None:
     """Let an engine shard again what passes outside of its own schedule have gathered.
 
