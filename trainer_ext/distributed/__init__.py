@@ -5,8 +5,8 @@ Everything that knows of DeepSpeed or FSDP is in this package; the rest of `trai
 
 from .engines import (
     Engine,
+    keeps_client_optimizer,
     note_trained_parameters,
-    optimizer_is_replaced,
     refuse_unsupported_engine,
     release_gathered_weights,
     settle_checkpointing,
@@ -51,12 +51,12 @@ __all__ = [
     "held_parameter",
     "innermost_optimizer",
     "is_sharded",
+    "keeps_client_optimizer",
     "like_stepped",
     "local_shard",
     "local_tensor",
     "mean_over_processes",
     "note_trained_parameters",
-    "optimizer_is_replaced",
     "process_rank",
     "read_neurons",
     "refuse_unsupported_engine",

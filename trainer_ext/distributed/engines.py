@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass
 
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from ..errors import SpftError
 from .processes import world_size
@@ -93,14 +93,20 @@ def refuse_unsupported_engine(trainer: Trainer) -> None:
         )
 
 
-def optimizer_is_replaced(args: TrainingArguments) -> bool:
-    """Whether accelerate puts DeepSpeedCPUAdam in the place of torch's AdamW, and of no other."""
-    if getattr(args, "hf_deepspeed_config", None) is None:
-        return False
-    config = args.hf_deepspeed_config.config
-    offload = config.get("zero_optimization", {}).get("offload_optimizer") or {}
-    on_host = offload.get("device", "none") != "none"
-    return on_host and config.get("zero_force_ds_cpu_optimizer", True)
+def keeps_client_optimizer(trainer: Trainer) -> bool:
+    """Whether the engine steps with the optimizer that the trainer makes.
+
+    With its optimizer offloaded, DeepSpeed wants its own CPU Adam (compiled for minutes at first
+    use) in the place of any other, unless `zero_force_ds_cpu_optimizer` is false. The state of
+    selected neurons is small enough for torch's kernels, so that is what an unset key is set to.
+    """
+    if not trainer.is_deepspeed_enabled:
+        return True
+    config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+    if config.get_value("zero_optimization.offload_optimizer.device", "none") in ("none", None):
+        return True
+    # the dictionary itself: DeepSpeed is given it
+    return not config.config.setdefault("zero_force_ds_cpu_optimizer", False)
 
 
 def settle_checkpointing(trainer: Trainer) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
-from ..distributed import optimizer_is_replaced
+from ..distributed import keeps_client_optimizer
 from ..errors import SpftError
 from ..tuner.trained import trained_parameters
 from .adamw import SelectedNeuronAdamW
@@ -105,18 +105,20 @@ def use_selected_neuron_optimizer(trainer: Trainer) -> None:
 
     Takes effect when the trainer makes its optimizer, so with the model that it has then
     (model_init makes another), and with the trainer's own parameter groups. A trainer that was
-    given an optimizer, or the class of one, keeps it; and where DeepSpeed's own CPU optimizer takes
-    the place of whatever is named (offload_optimizer), it does so as before.
+    given an optimizer, or the class of one, keeps it; and where the DeepSpeed configuration asks
+    for DeepSpeed's own (an `optimizer` block, `zero_force_ds_cpu_optimizer: true`), it is that.
     """
     # transformers and Axolotl ask this method for the class; its place in the instance suits both.
     named = trainer.get_optimizer_cls_and_kwargs
-    trainer.get_optimizer_cls_and_kwargs = functools.partial(_class_and_kwargs, named)
+    trainer.get_optimizer_cls_and_kwargs = functools.partial(_class_and_kwargs, trainer, named)
 
 
-def _class_and_kwargs(named: Callable, args: TrainingArguments, model=None) -> tuple[Any, Any]:
+def _class_and_kwargs(
+    trainer: Trainer, named: Callable, args: TrainingArguments, model=None
+) -> tuple[Any, Any]:
     """What `Trainer.get_optimizer_cls_and_kwargs` returns; `named` is the trainer's own."""
     choice = selected_neuron_optimizer(args)
-    if choice is None or model is None or optimizer_is_replaced(args):
+    if choice is None or model is None or not keeps_client_optimizer(trainer):
         return named(args, model)
     trained = set(map(id, trained_parameters(model)))  # marks them, too
     others = [

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from adapters import wrapped
 from optimizers import same_bits, state_of
 from tiny_models import dataset, tiny_model
@@ -193,20 +194,28 @@ def test_a_model_without_an_adapter_keeps_the_named_optimizer(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("zero", "ours"),
+    ("offload", "force", "ours"),
     [
-        ({"offload_optimizer": {"device": "cpu"}}, False),
-        ({"offload_optimizer": {"device": "none"}}, True),
-        ({}, True),
-        ({"offload_optimizer": {"device": "cpu"}, "force": False}, True),
+        ("cpu", {"zero_force_ds_cpu_optimizer": True}, False),
+        ("cpu", {"zero_force_ds_cpu_optimizer": False}, True),
+        ("cpu", {}, True),
+        ("none", {"zero_force_ds_cpu_optimizer": True}, True),
+        (None, {}, True),
     ],
 )
-def test_deepspeeds_own_cpu_optimizer_is_left_to_accelerate(tmp_path, zero, ours):
+def test_deepspeeds_own_cpu_optimizer_steps_only_where_it_is_asked_for(
+    tmp_path, monkeypatch, offload, force, ours
+):
     run = trainer(tmp_path)
-    config = {"zero_force_ds_cpu_optimizer": zero.pop("force", True), "zero_optimization": zero}
-    run.args.hf_deepspeed_config = SimpleNamespace(config=config)
+    zero = {"stage": 2} | ({"offload_optimizer": {"device": offload}} if offload else {})
+    config = HfDeepSpeedConfig({"zero_optimization": zero, **force})
+    plugin = SimpleNamespace(hf_ds_config=config)
+    monkeypatch.setattr(type(run.accelerator.state), "deepspeed_plugin", plugin, raising=False)
+    run.is_deepspeed_enabled = True
     kind = SelectedNeuronAdamW if ours else torch.optim.AdamW
     assert run.get_optimizer_cls_and_kwargs(run.args, run.model)[0] is kind
+    if offload == "cpu":  # else DeepSpeed would refuse it
+        assert config.config["zero_force_ds_cpu_optimizer"] is not ours
 
 
 def test_optim_args_are_honoured(tmp_path):
