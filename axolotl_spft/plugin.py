@@ -17,7 +17,7 @@ from trainer_ext.tuner.model import default_task_type
 from .args import in_yaml_words, read_args, spft_config, warn_of_unused_lora_keys, yaml_names
 from .checks import check_classes, refuse_unsupported
 from .class_column import calibrates_by_class, load_with_class_column
-from .saved import check_continued_adapter, check_resumed_adapter
+from .saved import check_continued_adapter, check_resumed_adapter, settle_resuming
 
 ADAPTER = "prune_spft"
 
@@ -114,9 +114,15 @@ class SPFTPlugin(BasePlugin):
         return None if torch.accelerator.is_available() else {"use_cpu": True}
 
     def post_trainer_create(self, cfg, trainer) -> None:
-        if cfg.adapter == ADAPTER:
-            check_resumed_adapter(cfg, trainer.model.peft_config["default"])
-            self.callback_class.attach(trainer, cfg)
+        if cfg.adapter != ADAPTER:
+            return
+        settle_resuming(cfg)
+        check_resumed_adapter(cfg, trainer.model.peft_config["default"])
+        self.callback_class.attach(trainer, cfg)
+        if cfg.fsdp_config:
+            # After training Axolotl would look for a sharded model in the last checkpoint; what is
+            # saved is the adapter, whole.
+            cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
 
 
 def _refuse_ignored_adapter(cfg: dict) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 
-from axolotl.utils.train import determine_last_checkpoint
 from peft import PeftConfig
 
 from trainer_ext import SpftConfig, SpftError
+from trainer_ext.checkpoints import last_complete
 from trainer_ext.config import DEFAULT_R
 from trainer_ext.peft_type import add_peft_type
 
@@ -52,6 +52,16 @@ def _warn_of_other_neurons(cfg, saved: SpftConfig) -> None:
         )
 
 
+def settle_resuming(cfg) -> None:
+    """Let `auto_resume_from_checkpoints` go on from the last complete checkpoint, if there is one.
+
+    Axolotl's own search takes the last one that has begun to be written.
+    """
+    if cfg.auto_resume_from_checkpoints and cfg.resume_from_checkpoint is None:
+        cfg.resume_from_checkpoint = last_complete(cfg.output_dir)
+        cfg.auto_resume_from_checkpoints = cfg.resume_from_checkpoint is not None
+
+
 def check_resumed_adapter(cfg, config: SpftConfig) -> None:
     """Check the checkpoint that training will be resumed from, if it will be.
 
@@ -62,8 +72,7 @@ def check_resumed_adapter(cfg, config: SpftConfig) -> None:
         SpftError: the checkpoint holds no SPFT adapter, or one with another number of neurons.
     """
     folder, seen = cfg.resume_from_checkpoint, "resume_from_checkpoint is"
-    if folder is None and cfg.auto_resume_from_checkpoints:
-        folder = determine_last_checkpoint(cfg, update=False)
+    if cfg.auto_resume_from_checkpoints:
         seen = "auto_resume_from_checkpoints found"
     if not isinstance(folder, str):
         return

@@ -57,6 +57,16 @@ class NeuronDelta(nn.Module):
             self._read_selected = (self.selected, self.selected._version, value)
         return value
 
+    def _apply(self, fn, recurse: bool = True):
+        # A base without values, which FSDP's loading by one process makes, is no reason to forget
+        # which neurons are selected.
+        buffers = {name: getattr(self, name) for name in self.SAVED_BUFFERS}
+        super()._apply(fn, recurse)
+        for name, buffer in buffers.items():
+            if getattr(self, name).is_meta:
+                setattr(self, name, buffer)
+        return self
+
     def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Add the update's outputs to the base layer's output y, in place; x is its input.
 
