@@ -15,12 +15,13 @@ OPTIONAL = ("axolotl", "deepspeed", "trl", "bitsandbytes", "datasets")
 # Lower layers first: a module may import from its own layer and from those before it.
 LAYERS = [
     {"errors", "peft_type", "files", "distributed", "stability", "class_column"},
-    {"config_checks", "scores", "provenance", "calibration_mode"},
+    {"config_checks", "scores", "provenance", "calibration_mode", "agreement", "verdict"},
     {"config", "allocation"},
     {"tuner"},
     {"importance", "optim", "selection"},
     {"calibration", "report_page"},
-    {"trainer_batches", "report"},
+    {"trainer_batches", "report", "watchdog", "facts"},
+    {"guard"},
     {"trainer"},
     {"__init__"},
 ]
