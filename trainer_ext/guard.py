@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
-import os
-import re
-import sys
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
 
@@ -16,21 +12,19 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import Trainer, TrainerCallback
 
+from . import last_words
 from .agreement import check_agreement, check_same_values, checksums
 from .distributed import process_rank, world_size
-from .errors import SpftError
 from .facts import run_facts
 from .trainer_batches import bare_model
 from .tuner.model import deltas
-from .verdict import GO_ON, LEFT
+from .tuner.targets import name_in_base_model
+from .verdict import DONE
 from .watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
 _STORE_TIMEOUT = timedelta(seconds=10)
-_COMMUNICATION = re.compile(
-    r"gloo|nccl|c10d|process ?group|connection (closed|reset|refused)|broken pipe", re.IGNORECASE
-)
 # The backends end a process for a collective that takes ddp_timeout; before that, say who hangs.
 _SHARE_OF_TIMEOUT = 0.9
 
@@ -55,7 +49,6 @@ class RunGuard(TrainerCallback):
         self._trainer = trainer
         self._watchdog: Watchdog | None = None
         self._checked_step = -1
-        self._others_hook = None
 
     @classmethod
     def attach(cls, trainer: Trainer) -> RunGuard:
@@ -140,7 +133,8 @@ class RunGuard(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._check_replicas(state)
-        self._stop()
+        last_words.end(DONE)
+        self._watchdog = None
 
     def _between_steps(self, state, control) -> None:
         if control.should_save:
@@ -157,7 +151,6 @@ class RunGuard(TrainerCallback):
     # The watchdog of this run
 
     def _start(self, args) -> None:
-        self._stop(LEFT)  # of an earlier training that ended by an exception
         RunGuard._runs += 1
         store, address = _own_store(f"spft_watchdog/{RunGuard._runs}")
         if store is None:
@@ -176,67 +169,13 @@ class RunGuard(TrainerCallback):
             address=address,
             loop=Trainer.train.__code__,
         )
-        self._watchdog.start()
-        self._hook_exceptions()
-        atexit.register(self._stop, LEFT)  # sys.exit in the middle; and no thread may outlive us
-
-    def _stop(self, *status: str) -> None:
-        if self._watchdog is None:
-            return
-        self._watchdog.stop(*status)
-        self._watchdog = None
-        atexit.unregister(self._stop)
-        if getattr(sys.excepthook, "__wrapped__", None) is self._others_hook:
-            sys.excepthook = self._others_hook
-
-    def _hook_exceptions(self) -> None:
-        """Tell the others of an exception that ends this process, and say whose fault it was."""
-        self._others_hook = others = sys.excepthook
-        pid = os.getpid()
-
-        def hook(kind, error, traceback):
-            others(kind, error, traceback)
-            watchdog = self._watchdog
-            if watchdog is not None and os.getpid() == pid:
-                line = _explain(watchdog, error)
-                if line:
-                    print(f"axolotl-spft: {line}", file=sys.stderr, flush=True)
-
-        hook.__dict__.update(getattr(others, "__dict__", {}))  # marks by which hooks are known
-        hook.__wrapped__ = others
-        sys.excepthook = hook
-
-
-def _explain(watchdog: Watchdog, error: BaseException) -> str:
-    """Tell the others of an exception; what to say of it here, if anything."""
-    lost = _is_communication_error(error)
-    message = " ".join(str(error).split())[:200]
-    reason = f"{type(error).__name__}: {message}" if message else type(error).__name__
-    verdict = watchdog.failed(reason, lost)
-    if isinstance(error, (SpftError, KeyboardInterrupt)):
-        return ""  # says all there is to say
-    if verdict is not None and watchdog.rank not in verdict.ranks:
-        return verdict.line
-    own = watchdog.board.sightings[watchdog.rank].record
-    if lost:
-        everyone = watchdog.board.describe()
-        return (
-            f"the processes lost each other and none is known to be at fault: {everyone}; {GO_ON}"
-        )
-    return f"rank {own.rank} ({own.host}) raised {reason}, {own.where}; {GO_ON}"
-
-
-def _is_communication_error(error: BaseException) -> bool:
-    """Whether it was raised because another process could not be reached."""
-    if isinstance(error, dist.DistError):
-        return True
-    return isinstance(error, RuntimeError) and bool(_COMMUNICATION.search(str(error)))
+        last_words.begin(self._watchdog)
 
 
 def _replicated(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Trained parameters that every process holds whole, by their names."""
+    """Trained parameters that every process holds whole; deltas by their layers' names."""
     return {
-        name: parameter
+        name_in_base_model(name.split(".spft_delta.")[0]): parameter
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
         and not hasattr(parameter, "ds_tensor")  # ZeRO-3

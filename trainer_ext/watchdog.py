@@ -70,7 +70,7 @@ class Watchdog:
         self.judged = threading.Event()
         self.board = Board.empty(world, clock())
         self._store, self._address, self._loop = store, address, loop
-        self._clock, self._say, self._end = clock, say or _print, end
+        self._clock, self.say, self._end = clock, say or _print, end
         self._host = socket.gethostname()
         self._progress = (-1, 0, "not begun", False)
         self._status, self._reason = RUNNING, ""
@@ -146,7 +146,7 @@ class Watchdog:
             self._conclude(verdict)
         elif verdict is not None and not self._warned:
             self._warned = True
-            self._say(verdict.line)
+            self.say(verdict.line)
             self._show_stack()
 
     def _run(self) -> None:
@@ -228,7 +228,8 @@ class Watchdog:
         still = now - self.board.sightings[self.rank].moved_at
         allowed = 2 * self.interval if lost else self.dead_after
         if now - since < allowed or (not lost and still < allowed):
-            self._reconnect()
+            if not lost:  # connecting takes longer than such a process waits
+                self._reconnect()
             return None
         at = f" at {self._address}" if self._address else ""
         reason = " ".join(str(error).split())[:120]
@@ -253,7 +254,7 @@ class Watchdog:
         patience = 0.0 if verdict.stuck else 2 * self.interval
         if self._failing.wait(patience) or self._stopping.is_set():
             return
-        self._say(verdict.line)
+        self.say(verdict.line)
         if verdict.stuck and self.rank in verdict.ranks:
             self._show_stack()
         self._linger()
@@ -270,7 +271,7 @@ class Watchdog:
         frame = sys._current_frames().get(self._trains)
         if frame is not None:
             lines = traceback.format_stack(frame)
-            self._say(f"rank {self.rank} stands here:\n{''.join(lines).rstrip()}")
+            self.say(f"rank {self.rank} stands here:\n{''.join(lines).rstrip()}")
 
     def _place(self) -> tuple[str, bool]:
         """Function and line that the training thread is in, and whether it waits for others."""

@@ -21,6 +21,7 @@ LAYERS = [
     {"importance", "optim", "selection"},
     {"calibration", "report_page"},
     {"trainer_batches", "report", "watchdog", "facts"},
+    {"last_words"},
     {"guard"},
     {"trainer"},
     {"__init__"},
