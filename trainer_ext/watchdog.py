@@ -26,8 +26,13 @@ logger = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 _VERDICT = "verdict"
-# Where a training thread stands while it waits for others: collectives, and DDP's reduction.
-_WAITING = ("/torch/distributed/", "/torch/autograd/graph.py", "/deepspeed/comm/")
+# Where a training thread stands while it waits for others: collectives, and backward with DDP's.
+_WAITING = (
+    "/torch/distributed/",
+    "/torch/nn/parallel/",
+    "/torch/autograd/graph.py",
+    "/deepspeed/comm/",
+)
 
 
 class Watchdog:
@@ -169,19 +174,8 @@ class Watchdog:
             self._status = LEFT
         step, notes, phase, patient = self._progress
         place, waits = self._place()
-        return Record(
-            self.rank,
-            self._host,
-            self._beat,
-            step,
-            notes,
-            phase,
-            patient,
-            place,
-            waits,
-            self._status,
-            self._reason,
-        )
+        state = (phase, patient, place, waits, self._status, self._reason)
+        return Record(self.rank, self._host, self._beat, step, notes, *state)
 
     def _exchange(self, own: Record) -> None:
         """Post this process's record, and read those of all others that have begun."""
