@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 _VERDICT = "verdict"
+_LEAVING = 10.0  # seconds that a process which has raised may take to its exit
 # Where a training thread stands while it waits for others: collectives, and backward with DDP's.
 _WAITING = (
     "/torch/distributed/",
@@ -252,6 +253,8 @@ class Watchdog:
         if verdict.stuck and self.rank in verdict.ranks:
             self._show_stack()
         self._linger()
+        if self._failing.is_set() and self._stopping.wait(_LEAVING):
+            return  # the training thread has raised meanwhile, and is at its exit
         sys.stdout.flush()
         self._end(EXIT_CODE)
 

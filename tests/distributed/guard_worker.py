@@ -100,7 +100,7 @@ def main(folder: Path, mode: str) -> None:
     if mode == "killed":
         run.instead = lambda: os.kill(os.getpid(), signal.SIGKILL)
     elif mode == "hanging":
-        RunGuard.hang_after = 2.0
+        RunGuard.hang_after = 4.0  # a machine may be busy
         run.instead = lambda: time.sleep(1000)
     run.train(resume_from_checkpoint=mode == "resumed")
     save(run, folder)
