@@ -13,7 +13,7 @@ from .distributed import world_size
 from .errors import SpftError
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 2**22  # elements whose int64 copies exist at a time
+_CHUNK = 2**16  # elements whose int64 copies exist at a time
 _NAMED = 4  # ranks that a message names one by one
 Fact = str | int | float | bool | None
 
@@ -108,10 +108,14 @@ def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     """int64 () on the tensor's device; nothing waits for the device."""
     bits = tensor.contiguous().view(-1).view(_INTEGERS[tensor.element_size()])
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
+    size = min(_CHUNK, bits.numel())
+    odd = 2 * torch.arange(size, device=tensor.device) + 1  # odd factors lose no bit modulo 2^64
+    buffer = torch.empty_like(odd)
     for start in range(0, bits.numel(), _CHUNK):
-        part = bits[start : start + _CHUNK].long()
-        position = torch.arange(start, start + part.numel(), device=tensor.device)
-        total += (part * (2 * position + 1)).sum()  # an odd factor loses no bit modulo 2^64
+        part = bits[start : start + _CHUNK]
+        wide = buffer[: part.numel()].copy_(part)
+        total += 2 * start * wide.sum()
+        total += wide.mul_(odd[: part.numel()]).sum()
     return total
 
 
