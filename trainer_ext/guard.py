@@ -77,7 +77,7 @@ class RunGuard(TrainerCallback):
             return
         index = {name: delta.index for name, delta in deltas(model, adapter_name).items()}
         sums = zip(index, checksums(index.values()), strict=True)
-        check_agreement({f"the selection in {n}": f"{s & (2**64 - 1):x}"[:8] for n, s in sums})
+        check_agreement({f"the selection in {n}": f"{s & (2**64 - 1):x}" for n, s in sums})
 
     def _check_replicas(self, state) -> None:
         """Before a checkpoint is written: are replicated values the same bits everywhere?"""
@@ -151,6 +151,7 @@ class RunGuard(TrainerCallback):
     # The watchdog of this run
 
     def _start(self, args) -> None:
+        self._watchdog = None  # of an earlier training that ended by an exception
         RunGuard._runs += 1
         store, address = _own_store(f"spft_watchdog/{RunGuard._runs}")
         if store is None:

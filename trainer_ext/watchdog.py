@@ -227,10 +227,12 @@ class Watchdog:
                 self._reconnect()
             return None
         at = f" at {self._address}" if self._address else ""
+        host = "the launcher of rank 0's machine" if _launcher_hosts_store() else "rank 0"
+        since = f" for {now - since:.0f} s" if now - since >= 1.0 else ""
         reason = " ".join(str(error).split())[:120]
         return Verdict(
-            f"the process that hosts the rendezvous{at} (rank 0, or the launcher of its machine) "
-            f"has died or cannot be reached for {now - since:.0f} s ({reason}); {GO_ON}"
+            f"{host}, which hosts the rendezvous{at}, has died or cannot be reached{since} "
+            f"({reason}); {GO_ON}"
         )
 
     def _reconnect(self) -> None:
@@ -260,7 +262,7 @@ class Watchdog:
 
     def _linger(self) -> None:
         """Let the others read what happened before the process that may host the store is gone."""
-        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        if self.rank == 0 and not _launcher_hosts_store():
             time.sleep(3 * self.interval)
 
     def _show_stack(self) -> None:
@@ -287,6 +289,11 @@ class Watchdog:
                 return True
             frame = frame.f_back
         return False
+
+
+def _launcher_hosts_store() -> bool:
+    """Whether torchrun's agent hosts the rendezvous store, not the process of rank 0."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _print(line: str) -> None:

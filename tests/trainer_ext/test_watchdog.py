@@ -6,13 +6,11 @@ looked, nor for a store that is away while steps go on."""
 
 from __future__ import annotations
 
-import sys
 import threading
 
 import pytest
 import torch.distributed as dist
 
-from trainer_ext import SpftError, last_words
 from trainer_ext.verdict import LEFT, Record
 from trainer_ext.watchdog import EXIT_CODE, Watchdog
 
@@ -266,7 +264,10 @@ class Away:
         return self
 
 
-def test_a_store_that_is_away_ends_a_run_that_stands_still(run):
+@pytest.mark.parametrize("torchrun", [False, True])
+def test_a_store_that_is_away_ends_a_run_that_stands_still(run, torchrun, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(torchrun))
+    host = "the launcher of rank 0's machine" if torchrun else "rank 0"
     run.processes.pop(0)
     for process in run:
         process.watchdog._store, process.watchdog._address = Away(), "host-a:29500"
@@ -275,7 +276,7 @@ def test_a_store_that_is_away_ends_a_run_that_stands_still(run):
     run.passes(10)
     for process in run:
         assert process.code == EXIT_CODE
-        assert "the rendezvous at host-a:29500 (rank 0" in process.said
+        assert process.said.startswith(f"{host}, which hosts the rendezvous at host-a:29500, has")
 
 
 def test_a_store_that_is_away_does_not_end_a_run_that_moves(run):
@@ -315,30 +316,3 @@ def test_an_exception_that_is_caught_has_left_the_training():
 
     train()
     assert [*seen, process.watchdog._own_record().status] == ["running", LEFT]
-
-
-def test_the_hook_keeps_others_and_goes_with_the_run(monkeypatch):
-    calls = []
-
-    def others(kind, error, traceback):
-        calls.append(error)
-
-    others.shows_spft_errors = True
-    monkeypatch.setattr(sys, "excepthook", others)
-    process = Run(1)[0]
-    watchdog = process.watchdog
-    monkeypatch.setattr(watchdog, "failed", lambda reason, lost: calls.append((reason, lost)))
-    watchdog.interval = 0.01
-    last_words.begin(watchdog)
-    assert sys.excepthook.shows_spft_errors
-    for error in (ValueError("bad"), SpftError("worse"), RuntimeError("[gloo] closed by peer")):
-        sys.excepthook(type(error), error, None)
-        assert calls[-2] is error
-    assert calls[1] == ("ValueError: bad", False)
-    assert calls[5] == ("RuntimeError: [gloo] closed by peer", True)
-    assert [line.split(",")[0].split(" (")[0] for line in process.lines] == [
-        "rank 0",
-        "the processes lost each other",
-    ]
-    last_words.end("done")
-    assert sys.excepthook is others
