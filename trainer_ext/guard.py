@@ -12,10 +12,10 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import Trainer, TrainerCallback
 
-from . import last_words
 from .agreement import check_agreement, check_same_values, checksums
 from .distributed import process_rank, world_size
 from .facts import run_facts
+from .last_words import begin_watch, end_watch
 from .trainer_batches import bare_model
 from .tuner.model import deltas
 from .tuner.targets import name_in_base_model
@@ -133,7 +133,7 @@ class RunGuard(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._check_replicas(state)
-        last_words.end(DONE)
+        end_watch(DONE)
         self._watchdog = None
 
     def _between_steps(self, state, control) -> None:
@@ -170,7 +170,7 @@ class RunGuard(TrainerCallback):
             address=address,
             loop=Trainer.train.__code__,
         )
-        last_words.begin(self._watchdog)
+        begin_watch(self._watchdog)
 
 
 def _replicated(model: nn.Module) -> dict[str, torch.Tensor]:

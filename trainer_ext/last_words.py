@@ -23,25 +23,25 @@ _watched: Watchdog | None = None
 _others_hook = None
 
 
-def begin(watchdog: Watchdog) -> None:
+def begin_watch(watchdog: Watchdog) -> None:
     """Start the watchdog, and tell the others through it if an exception ends this process."""
     global _watched, _others_hook
-    end(LEFT)  # an earlier training ended by an exception that somebody caught
+    end_watch(LEFT)  # an earlier training ended by an exception that somebody caught
     _watched, _others_hook = watchdog, sys.excepthook
     sys.excepthook = _hook(watchdog, _others_hook)
     # sys.exit in the middle is told too; and a thread in a store call must not see Python end.
-    atexit.register(end, LEFT)
+    atexit.register(end_watch, LEFT)
     watchdog.start()
 
 
-def end(status: str) -> None:
-    """Stop what `begin` started, if anything."""
+def end_watch(status: str) -> None:
+    """Stop what `begin_watch` started, if anything."""
     global _watched
     if _watched is None:
         return
     _watched.stop(status)
     _watched = None
-    atexit.unregister(end)
+    atexit.unregister(end_watch)
     if getattr(sys.excepthook, "__wrapped__", None) is _others_hook:
         sys.excepthook = _others_hook
 

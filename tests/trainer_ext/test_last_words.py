@@ -10,12 +10,13 @@ import sys
 import pytest
 import torch.distributed as dist
 
-from trainer_ext import SpftError, last_words
+from trainer_ext import SpftError
+from trainer_ext.last_words import begin_watch, end_watch
 from trainer_ext.verdict import LEFT, Verdict
 from trainer_ext.watchdog import Watchdog
 
 
-@pytest.fixture()
+@pytest.fixture
 def calls(monkeypatch) -> list:
     calls = []
 
@@ -25,7 +26,7 @@ def calls(monkeypatch) -> list:
     others.shows_spft_errors = True
     monkeypatch.setattr(sys, "excepthook", others)
     yield calls
-    last_words.end("done")
+    end_watch("done")
     assert sys.excepthook is others
 
 
@@ -40,7 +41,7 @@ def watched(monkeypatch, calls, verdict=None) -> tuple[Watchdog, list[str]]:
         return verdict
 
     monkeypatch.setattr(watchdog, "failed", failed)
-    last_words.begin(watchdog)
+    begin_watch(watchdog)
     return watchdog, lines
 
 
