@@ -65,7 +65,7 @@ class CheckpointMark:
         write_bytes(Path(folder) / MARK_FILE, json.dumps(asdict(self), indent=1).encode())
 
 
-def begin(folder: str | os.PathLike, mark: CheckpointMark) -> None:
+def begin_checkpoint(folder: str | os.PathLike, mark: CheckpointMark) -> None:
     """Empty a checkpoint's folder and mark it as incomplete; all processes must come here."""
     if process_rank() == 0:
         folder = Path(folder)
@@ -78,7 +78,7 @@ def begin(folder: str | os.PathLike, mark: CheckpointMark) -> None:
     wait_for_all()
 
 
-def finish(folder: str | os.PathLike, mark: CheckpointMark) -> None:
+def finish_checkpoint(folder: str | os.PathLike, mark: CheckpointMark) -> None:
     """Mark a checkpoint as complete; all processes must come here when they have written theirs."""
     wait_for_all()
     if process_rank():
@@ -133,7 +133,7 @@ def _last_complete_here(output_dir: str | os.PathLike) -> str | None:
     return None
 
 
-def check_given(folder: str | os.PathLike) -> str:
+def check_given_checkpoint(folder: str | os.PathLike) -> str:
     """A checkpoint that the user has named; all processes must ask.
 
     One without a mark, of another program, is taken at the user's word.

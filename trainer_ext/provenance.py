@@ -17,7 +17,15 @@ from .class_column import CLASS_KEY
 from .distributed import ShardLayout, local_shard, process_rank, sum_over_processes
 from .errors import SpftError
 
-_PACKAGES = ("axolotl-spft", "torch", "transformers", "peft", "accelerate", "axolotl")
+_PACKAGES = (
+    "axolotl-spft",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "axolotl",
+)
 _SAMPLES = 16  # weights of each layer that the fingerprint holds
 _EMBEDDING_ROWS = 256  # of which it takes them, since vocabularies are padded and extended
 # bf16 has 8 significant bits; fp16 has no normal numbers below 2^-14.

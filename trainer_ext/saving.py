@@ -9,8 +9,13 @@ from contextlib import contextmanager
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from . import checkpoints
-from .checkpoints import CheckpointMark
+from .checkpoints import (
+    CheckpointMark,
+    begin_checkpoint,
+    check_given_checkpoint,
+    finish_checkpoint,
+    last_complete,
+)
 from .distributed import Engine, settle_checkpointing, wait_for_all, world_size
 from .errors import SpftError
 from .trainer_batches import bare_model
@@ -63,14 +68,14 @@ class CheckpointKeeper:
         settle_checkpointing(self.trainer)
         if resume_from_checkpoint is True:
             output_dir = self.trainer.args.output_dir
-            resume_from_checkpoint = checkpoints.last_complete(output_dir)
+            resume_from_checkpoint = last_complete(output_dir)
             if resume_from_checkpoint is None:
                 raise SpftError(
                     f"resume_from_checkpoint is True but {output_dir!r} holds no complete "
                     "checkpoint; start anew without it"
                 )
         elif resume_from_checkpoint:
-            resume_from_checkpoint = checkpoints.check_given(resume_from_checkpoint)
+            resume_from_checkpoint = check_given_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint:
             self._check_resumable(resume_from_checkpoint)
         return self._trainers_train(resume_from_checkpoint, *args, **kwargs)
@@ -164,13 +169,13 @@ class CheckpointKeeper:
             world_size=world_size(),
             global_batch=self._global_batch(),
         )
-        checkpoints.begin(folder, mark)
+        begin_checkpoint(folder, mark)
         limit, args.save_total_limit = args.save_total_limit, None
         try:
             result = self._trainers_save_checkpoint(model, trial, **kwargs)
         finally:
             args.save_total_limit = limit
-        checkpoints.finish(folder, mark)
+        finish_checkpoint(folder, mark)
         if args.should_save:
             rotate_checkpoints(
                 output_dir=run_dir,

@@ -23,6 +23,7 @@ from .distributed import (
     release_gathered_weights,
 )
 from .errors import SpftError, in_plain_words
+from .guard import RunGuard
 from .importance import METRIC_CLASSES
 from .optim import use_selected_neuron_optimizer
 from .peft_type import add_peft_type
@@ -68,16 +69,19 @@ class SpftCallback(TrainerCallback):
         self._step_started: float | None = None
         self._class_mistake: SpftError | None = None
         self._let_batches_carry_classes()
+        self._guard = RunGuard.attach(trainer)
         use_selected_neuron_optimizer(trainer)
         CheckpointKeeper(trainer)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()
         self._step_seconds.clear()
+        self._guard.check_processes_agree(model, adapter_name)
         if not is_selected(model, adapter_name):
             self._select(model, adapter_name, args)
         elif self.scores is None:  # else train() was called again, or retried
             self.scores = self._scores_of_this_run(model, adapter_name)
+        self._guard.check_same_neurons(model, adapter_name)
         self.logger.info(
             "SPFT writes through in %d of %d layers",
             write_through(model, adapter_name),
@@ -189,7 +193,7 @@ class SpftCallback(TrainerCallback):
             disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
         )
         with bar, untouched(trainer):
-            batches = data.noting(first_batches(trainer, count))
+            batches = self._guard.noting(data.noting(first_batches(trainer, count)))
             scores = measure_importance(model, batches, adapter_name, on_batch=bar.update)
         release_gathered_weights(model, engine=trainer.model_wrapped)
         if scores.batches < count:

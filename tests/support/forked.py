@@ -15,8 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,25 +27,29 @@ WORKERS = HERE.parent / "distributed"
 PATHS = (ROOT, HERE, WORKERS, ROOT / "benchmarks")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ended:
-    """How a run ended.
+    """How a process ended.
 
     Attributes:
-        codes: exit code of each process; -9 of one that was killed.
-        errors: what each wrote to its standard error.
-        results: what each saved as rank<k>.pt; None where it did not.
+        code: its exit code; -9 if it was killed.
+        stderr: all that it wrote.
+        result: what it saved as rank<k>.pt; None if it did not.
     """
 
-    codes: list[int]
-    errors: list[str]
-    results: list = field(default_factory=list)
+    code: int
+    stderr: str
+    result: Any
 
 
-def run(worker: str, folder: Path, world: int, *arguments: str, timeout: int = 240) -> Ended:
+def run(
+    worker: str, folder: Path, world: int, *arguments: str, timeout: int = 240, grace: int = 10
+) -> list[Ended]:
     """Run tests/distributed/<worker> in `world` processes until all have ended.
 
-    When one has died the others get ten seconds to end, as torchrun would end them.
+    Args:
+        grace: seconds that the others get when one has failed, before they are killed as torchrun
+            would do at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     request = {
@@ -53,22 +58,26 @@ def run(worker: str, folder: Path, world: int, *arguments: str, timeout: int = 2
         "world": world,
         "folder": str(folder),
         "timeout": timeout,
+        "grace": grace,
     }
     server = _server()
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     codes = json.loads(server.stdout.readline())
-    errors = [(folder / f"stderr{rank}").read_text(errors="replace") for rank in range(world)]
-    files = [folder / f"rank{rank}.pt" for rank in range(world)]
-    results = [torch.load(f, weights_only=True) if f.is_file() else None for f in files]
-    return Ended(codes, errors, results)
+    return [_ended(folder, rank, code) for rank, code in enumerate(codes)]
+
+
+def _ended(folder: Path, rank: int, code: int) -> Ended:
+    said, saved = folder / f"stderr{rank}", folder / f"rank{rank}.pt"
+    result = torch.load(saved, weights_only=True) if saved.is_file() else None
+    return Ended(code, said.read_text(errors="replace"), result)
 
 
 def launch(worker: str, folder: Path, world: int, *arguments: str, timeout: int = 240) -> list:
     """As `run`, for runs that must succeed: what every process saved."""
     ended = run(worker, folder, world, *arguments, timeout=timeout)
-    assert ended.codes == [0] * world, "\n".join(e[-6000:] for e in ended.errors)
-    return ended.results
+    assert not any(e.code for e in ended), "\n".join(e.stderr[-6000:] for e in ended)
+    return [e.result for e in ended]
 
 
 _process: subprocess.Popen | None = None
@@ -125,7 +134,7 @@ def _fork(request: dict) -> list[int]:
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
             if codes[pid]:
-                deadline = min(deadline, time.monotonic() + 10)
+                deadline = min(deadline, time.monotonic() + request["grace"])
             continue
         if time.monotonic() > deadline:
             for pid in set(pids) - codes.keys():

@@ -15,13 +15,14 @@ OPTIONAL = ("axolotl", "deepspeed", "trl", "bitsandbytes", "datasets")
 # Lower layers first: a module may import from its own layer and from those before it.
 LAYERS = [
     {"errors", "peft_type", "files", "distributed", "stability", "class_column"},
-    {"config_checks", "scores", "provenance", "calibration_mode"},
+    {"config_checks", "scores", "provenance", "calibration_mode", "agreement", "verdict"},
     {"config", "allocation"},
     {"tuner"},
     {"importance", "optim", "selection"},
     {"calibration", "report_page"},
-    {"trainer_batches", "report", "checkpoints", "training_state"},
-    {"saving"},
+    {"trainer_batches", "report", "checkpoints", "training_state", "watchdog", "facts"},
+    {"saving", "last_words"},
+    {"guard"},
     {"trainer"},
     {"__init__"},
 ]

@@ -29,6 +29,7 @@ from .shards import (
     local_tensor,
     read_neurons,
     whole_numel,
+    whole_shape,
     write_neurons,
 )
 from .stepped import (
@@ -67,6 +68,7 @@ __all__ = [
     "wait_for_all",
     "whole_groups",
     "whole_numel",
+    "whole_shape",
     "world_size",
     "write_neurons",
 ]

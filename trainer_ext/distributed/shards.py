@@ -45,7 +45,7 @@ class ShardLayout:
             SpftError: it is sharded over some of the processes only, or along another dimension.
         """
         world = world_size()
-        shape = tuple(getattr(weight, "ds_shape", weight.shape))
+        shape = whole_shape(weight)
         numel = shape[0] * shape[1]
         kind, block = "replicated", -(-numel // world)
         if hasattr(weight, "ds_tensor"):
@@ -159,6 +159,11 @@ def is_sharded(parameter: torch.Tensor) -> bool:
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor; of FSDP2's, which are of global size, its own part."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """Shape of a parameter over all processes, sharded or not."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def whole_numel(parameter: torch.Tensor) -> int:
