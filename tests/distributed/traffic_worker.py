@@ -1,0 +1,196 @@
+"""One process of a run under engines of one family: trains a tiny model by several methods and
+metrics, and saves the collectives of one calibration and of one steady step of each case.
+
+    traffic_worker.py FOLDER ddp|deepspeed|fsdp2
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from accelerate.state import AcceleratorState, GradientState
+from engine_worker import check_engine, deepspeed_config, fsdp_arguments, start
+from peft import LoraConfig, get_peft_model
+from scaling_model import Model
+from tiny_models import dataset
+from traffic import Traffic
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from workload import Size
+
+from trainer_ext import SpftConfig, SpftTrainer
+
+SIZES = {
+    "tiny": Size(32, 48, 2, 4, 2, 260, True, 5),
+    # the same inputs, hence the same compact rows, in a larger base
+    "wide": Size(32, 48, 2, 4, 4, 1040, True, 5),
+}
+BATCHES = 2  # of a calibration
+DIRECTIONS = 2
+# DDP arranges its buckets anew after the first step, and DeepSpeed records in the first three which
+# weights it will gather: the fifth is the steady state.
+STEADY_STEP = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A run whose traffic is counted.
+
+    Attributes:
+        method: "spft", "lora" or "full".
+    """
+
+    engine: str
+    metric: str = "group_taylor"
+    accumulation: int = 1
+    checkpointing: bool = False
+    method: str = "spft"
+    size: str = "tiny"
+
+    def __str__(self) -> str:
+        words = [self.engine, self.method, self.metric if self.method == "spft" else ""]
+        words += [f"x{self.accumulation}" if self.accumulation > 1 else ""]
+        words += ["checkpointing" if self.checkpointing else ""]
+        words += [self.size if self.size != "tiny" else ""]
+        return "-".join(filter(None, words))
+
+    @property
+    def model(self) -> Model:
+        size = SIZES[self.size]
+        return Model(size, size.r)
+
+
+FAMILIES = {
+    "ddp": [
+        Case("ddp"),
+        Case("ddp", size="wide"),
+        Case("ddp", "taylor", accumulation=2),
+        Case("ddp", "zo_taylor", checkpointing=True),
+        Case("ddp", "wanda"),
+        Case("ddp", "magnitude"),
+        Case("ddp", method="lora"),
+        Case("ddp", method="full"),
+    ],
+    "deepspeed": [
+        Case("zero1", accumulation=2),
+        Case("zero2", accumulation=2),
+        Case("zero3_streamed"),
+        Case("zero3_streamed", "taylor", accumulation=2),
+        Case("zero3_streamed", accumulation=2, checkpointing=True),
+        Case("zero3_streamed", "wanda"),
+        Case("zero3"),
+    ],
+    "fsdp2": [
+        Case("fsdp2"),
+        Case("fsdp2", "taylor", accumulation=2),
+        Case("fsdp2", checkpointing=True),
+        Case("fsdp2", "wanda"),
+    ],
+}
+
+
+class Marks(TrainerCallback):
+    """Where in the list of calls training begins and each step begins."""
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+        self.training = 0
+        self.steps: list[int] = []
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.training = len(self.traffic.calls)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps.append(len(self.traffic.calls))
+
+
+def count(folder: Path, case: Case, world: int) -> dict[str, list[dict]]:
+    """The calls before training, of the calibration, and from one steady step to the next."""
+    config = deepspeed_config(case.engine)
+    if config:
+        config["gradient_clipping"] = 1.0
+    model = make_model(case)
+    arguments = TrainingArguments(
+        str(folder / str(case)),
+        max_steps=STEADY_STEP + 1,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=case.accumulation,
+        gradient_checkpointing=case.checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": True},
+        max_grad_norm=1.0,
+        logging_steps=1,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        deepspeed=config,
+        **fsdp_arguments(case.engine),
+    )
+    rows = dataset(rows=4 * 2 * world * case.accumulation)
+    if case.method == "spft":
+        spft = SpftConfig(
+            r=case.model.r,
+            importance=case.metric,
+            calibration_batches=BATCHES,
+            zo_directions=DIRECTIONS,
+        )
+        trainer = SpftTrainer(model, arguments, train_dataset=rows, spft_config=spft)
+    else:
+        trainer = Trainer(model, arguments, train_dataset=rows)
+    traffic = Traffic()
+    marks = Marks(traffic)
+    trainer.callback_handler.callbacks.insert(0, marks)  # before the calibration
+    with traffic:
+        trainer.train()
+    if case.method == "spft":
+        check_engine(trainer, case.engine, world)
+    steady = marks.steps[(STEADY_STEP - 1) * 1 :][:2]
+    spans = {
+        "start": (0, marks.training),
+        "calibration": (marks.training, marks.steps[0]),
+        "step": tuple(steady),
+    }
+    found = {name: [asdict(c) for c in traffic.calls[a:b]] for name, (a, b) in spans.items()}
+    AcceleratorState._reset_state(reset_partial_state=False)
+    GradientState._reset_state()
+    del trainer, model, marks, arguments
+    gc.collect()
+    return found
+
+
+def make_model(case: Case) -> torch.nn.Module:
+    size = SIZES[case.size]
+    config = LlamaConfig(
+        vocab_size=size.vocab,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        tie_word_embeddings=size.tied,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    if case.method != "lora":
+        return model
+    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    return get_peft_model(model, LoraConfig(r=case.model.lora_rank, target_modules=targets))
+
+
+def main(folder: Path, family: str) -> None:
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    start(FAMILIES[family][0].engine)
+    results = {str(case): count(folder, case, world) for case in FAMILIES[family]}
+    torch.save(results, folder / f"rank{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2])
