@@ -197,7 +197,7 @@ def base_gathers(
         return passes * forward
     if run.checkpointing:
         # the embedding's backward has no input, which would give it up: the next forward finds it
-        return passes * (2 * forward + blocks) - (passes - 1) * table + 0 * norm
+        return passes * (2 * forward + blocks) - (passes - 1) * table
     ends = size([(o, i) for i, o in (model.block[n] for n in "qkv")] + [(model.size.hidden,)])
     return passes * (2 * forward - table - (ends if training else 0))
 
@@ -218,14 +218,16 @@ def step_bookkeeping(model: Model, run: Run) -> Payload:
     """What the Trainer and the engine send beside it in every step, with logging at each.
 
     The count of target tokens (int64) and two fp32 numbers for the logs from every process;
-    DeepSpeed's overflow flag and norm; DDP's broadcast of buffers: each layer's index and flag, and
-    the rotary frequencies.
+    DeepSpeed's overflow flag and norm; FSDP2's norms for clipping; DDP's broadcast of buffers: each
+    layer's index and flag, and the rotary frequencies.
     """
     found: Counter[str] = Counter(all_gather=(INT64 + 2 * FP32) * run.world)
     if run.stage in ("zero1", "zero2"):
         found["all_reduce"] = FP32
     if run.stage == "zero3":
         found["all_reduce"] = FP64
+    if run.stage == "fsdp2":
+        found["all_reduce"] = FP32 * len(model.compact)
     if run.stage == "ddp":
         found["broadcast"] = ddp_buffers(model)
     return dict(found)
@@ -274,9 +276,7 @@ def calibration_payload(
         found["broadcast"] = 2 * parts * INT64 * layers  # their agreed order, twice
     elif metric == "zo_taylor":
         # halves of the directions and the weights' sizes, for the rank correlation
-        numbers += (kinds + 3) * neurons + 2 * directions * batches
-        if not stability:
-            numbers += 0
+        numbers += (parts + 4) * neurons + 2 * directions * batches
     elif metric == "wanda":
         numbers += kinds * (inputs + neurons) + inputs - layers
     else:
@@ -286,12 +286,13 @@ def calibration_payload(
     if metric != "magnitude":
         passes = micro * (2 * directions if metric == "zo_taylor" else 1)
         found["all_gather"] += base_gathers(model, run, passes, backward)
-        if run.stage == "fsdp2":  # groups are gathered whole, with the deltas
+        # FSDP2's groups hold the deltas too; under ZeRO-3 the layer's look at one gathers it,
+        # but for recomputed layers
+        if run.stage == "fsdp2" or (
+            run.stage == "zero3" and not (run.checkpointing and backward)
+        ):
             own = sharded_numel(model.compact, run) * run.compact_bytes
             found["all_gather"] += passes * (2 if backward else 1) * own
-        elif run.stage == "zero3" and not run.checkpointing and backward:
-            own = sharded_numel(model.compact, run) * run.compact_bytes
-            found["all_gather"] += passes * 2 * own
     return {kind: nbytes for kind, nbytes in found.items() if nbytes}
 
 

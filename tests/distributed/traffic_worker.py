@@ -150,7 +150,7 @@ def count(folder: Path, case: Case, world: int) -> dict[str, list[dict]]:
         trainer.train()
     if case.method == "spft":
         check_engine(trainer, case.engine, world)
-    steady = marks.steps[(STEADY_STEP - 1) * 1 :][:2]
+    steady = marks.steps[STEADY_STEP - 1 : STEADY_STEP + 1]
     spans = {
         "start": (0, marks.training),
         "calibration": (marks.training, marks.steps[0]),

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -80,8 +81,11 @@ class Traffic(TorchDispatchMode):
         self.calls: list[Collective] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        # While an operator runs the mode is off, so what a functional collective calls is not
-        # counted again.
+        if any(issubclass(kind, DTensor) for kind in types):
+            # They communicate inside their operators. They must go first, or the mode, which is
+            # off while an operator runs, would not see it.
+            return NotImplemented
+        # That it is off keeps what a functional collective calls from being counted again.
         result = func(*args, **(kwargs or {}))
         kinds = _KINDS.get(func.namespace)
         if kinds is not None:
