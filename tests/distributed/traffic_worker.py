@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,18 +17,17 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState
 from engine_worker import check_engine, deepspeed_config, fsdp_arguments, start
 from peft import LoraConfig, get_peft_model
-from scaling_model import Model
+from scaling_model import TINY, Model, Run
 from tiny_models import dataset
 from traffic import Traffic
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
-from workload import Size
 
 from trainer_ext import SpftConfig, SpftTrainer
 
 SIZES = {
-    "tiny": Size(32, 48, 2, 4, 2, 260, True, 5),
-    # the same inputs, hence the same compact rows, in a larger base
-    "wide": Size(32, 48, 2, 4, 4, 1040, True, 5),
+    "tiny": TINY,
+    # the same inputs, hence the same compact rows, in a base twice as large
+    "wide": replace(TINY, kv_heads=4, vocab=1040),
 }
 BATCHES = 2  # of a calibration
 DIRECTIONS = 2
@@ -64,14 +63,20 @@ class Case:
         size = SIZES[self.size]
         return Model(size, size.r)
 
+    def run(self, world: int) -> Run:
+        """Everything is fp32."""
+        stage = self.engine.split("_")[0]
+        reuse = self.engine == "zero3"  # a tiny model is within DeepSpeed's limits
+        return Run(stage, world, self.accumulation, self.checkpointing, 4, 4, reuse)
+
 
 FAMILIES = {
     "ddp": [
         Case("ddp"),
         Case("ddp", size="wide"),
         Case("ddp", "taylor", accumulation=2),
-        Case("ddp", "zo_taylor", checkpointing=True),
-        Case("ddp", "wanda"),
+        Case("ddp", "zo_taylor"),
+        Case("ddp", "wanda", checkpointing=True),
         Case("ddp", "magnitude"),
         Case("ddp", method="lora"),
         Case("ddp", method="full"),
@@ -109,8 +114,9 @@ class Marks(TrainerCallback):
         self.steps.append(len(self.traffic.calls))
 
 
-def count(folder: Path, case: Case, world: int) -> dict[str, list[dict]]:
-    """The calls before training, of the calibration, and from one steady step to the next."""
+def count(folder: Path, case: Case, world: int) -> dict:
+    """The calls before training, of the calibration, and from one steady step to the next; and the
+    number of modules."""
     config = deepspeed_config(case.engine)
     if config:
         config["gradient_clipping"] = 1.0
@@ -150,13 +156,13 @@ def count(folder: Path, case: Case, world: int) -> dict[str, list[dict]]:
         trainer.train()
     if case.method == "spft":
         check_engine(trainer, case.engine, world)
-    steady = marks.steps[STEADY_STEP - 1 : STEADY_STEP + 1]
+    found = {"modules": sum(1 for _ in trainer.model.modules())}
     spans = {
         "start": (0, marks.training),
         "calibration": (marks.training, marks.steps[0]),
-        "step": tuple(steady),
+        "step": tuple(marks.steps[STEADY_STEP - 1 : STEADY_STEP + 1]),
     }
-    found = {name: [asdict(c) for c in traffic.calls[a:b]] for name, (a, b) in spans.items()}
+    found |= {name: [asdict(c) for c in traffic.calls[a:b]] for name, (a, b) in spans.items()}
     AcceleratorState._reset_state(reset_partial_state=False)
     GradientState._reset_state()
     del trainer, model, marks, arguments
@@ -179,7 +185,7 @@ def make_model(case: Case) -> torch.nn.Module:
     model = LlamaForCausalLM(config)
     if case.method != "lora":
         return model
-    targets = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj".split()
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     return get_peft_model(model, LoraConfig(r=case.model.lora_rank, target_modules=targets))
 
 

@@ -1,9 +1,9 @@
 """Counts what a process hands to torch.distributed, whoever calls it.
 
-Every collective passes through the dispatcher as an operator of `c10d` or `_c10d_functional`: those
-of Python code, of DDP's reducer (which calls the process group from C++), of FSDP2 and of DeepSpeed.
-A dispatch mode sees their tensors. It sees the thread that entered it and its autograd, which on a
-CPU is every thread that communicates.
+Every collective passes through the dispatcher as an operator of `c10d` or `_c10d_functional`:
+those of Python code, of DDP's reducer (which calls the process group from C++), of FSDP2 and of
+DeepSpeed. A dispatch mode sees their tensors. It sees the thread that entered it and its autograd,
+which on a CPU is every thread that communicates.
 """
 
 from __future__ import annotations
