@@ -1,7 +1,7 @@
-"""One process of a run under engines of one family: trains a tiny model by several methods and
-metrics, and saves the collectives of one calibration and of one steady step of each case.
+"""One process of runs under all engines: trains a tiny model by several methods and metrics, and
+saves the collectives of one calibration and of one steady step of each case.
 
-    traffic_worker.py FOLDER ddp|deepspeed|fsdp2
+    traffic_worker.py FOLDER
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from engine_worker import check_engine, deepspeed_config, fsdp_arguments, start
 from peft import LoraConfig, get_peft_model
 from scaling_model import TINY, Model, Run
@@ -70,6 +70,7 @@ class Case:
         return Run(stage, world, self.accumulation, self.checkpointing, 4, 4, reuse)
 
 
+# Engines that `start` prepares alike; FSDP2 last, since on a CPU it changes what accelerate sees.
 FAMILIES = {
     "ddp": [
         Case("ddp"),
@@ -189,14 +190,20 @@ def make_model(case: Case) -> torch.nn.Module:
     return get_peft_model(model, LoraConfig(r=case.model.lora_rank, target_modules=targets))
 
 
-def main(folder: Path, family: str) -> None:
+def main(folder: Path) -> None:
     world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    start(FAMILIES[family][0].engine)
-    results = {str(case): count(folder, case, world) for case in FAMILIES[family]}
+    results, environment = {}, dict(os.environ)
+    for cases in FAMILIES.values():
+        # engines leave variables behind that choose an engine
+        os.environ.clear()
+        os.environ.update(environment)
+        PartialState._reset_state()
+        start(cases[0].engine)
+        results |= {str(case): count(folder, case, world) for case in cases}
     torch.save(results, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    main(Path(sys.argv[1]))
