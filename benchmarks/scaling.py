@@ -23,6 +23,12 @@ from scaling_model import SHAPES, STAGES, Model, Run, numel
 
 COUNTED = Path(__file__).parent / "results" / "traffic-tiny-cpu" / "figures.json"
 WORLDS = (1, 8, 16, 64, 128, 512)
+MEMORY_ROWS = (
+    ("ddp", 8),
+    ("zero1", 8),
+    ("zero2", 8),
+    *((s, n) for s in ("zero3", "fsdp2") for n in (8, 512)),
+)
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
 NETWORKS = {"infiniband": 320e9, "ethernet": 10e9}  # bytes/s between two nodes
 GPU_BYTES = 80e9
@@ -38,43 +44,51 @@ def gb(nbytes: float) -> str:
     """In 10^9 bytes, three digits."""
     if not nbytes:
         return "0"
-    return f"{nbytes / 1e9:.3g}" if nbytes >= 1e6 else "<0.001"
+    if nbytes < 1e6:
+        return "<0.001"
+    return f"{nbytes / 1e9:.3g}" if nbytes < 1e11 else f"{nbytes / 1e9:.0f}"
 
 
 def bytes_table(model: Model, args: argparse.Namespace) -> str:
-    """Payload of one optimizer step by method and stage."""
+    """Payload of one optimizer step by stage, and what each GPU sends, also by other methods."""
     rows = []
-    for method in ("spft", "lora", "full"):
-        for stage in STAGES:
-            run = run_of(args, stage, args.world)
-            payload = step_payload(model, run, method)
-            figures = [gb(payload.get(kind, 0)) for kind in KINDS]
-            rows.append([f"{method} {stage}", *figures, gb(wire_bytes(payload, args.world))])
-    return table(["GB a step", *KINDS, "sent by each GPU"], rows)
+    for stage in STAGES:
+        run = run_of(args, stage, args.world)
+        payload = step_payload(model, run)
+        sent = [
+            wire_bytes(step_payload(model, run, method), args.world)
+            for method in ("spft", "lora", "full")
+        ]
+        rows.append([stage, *(gb(payload.get(kind, 0)) for kind in KINDS), *map(gb, sent)])
+    return table(["GB a step", *KINDS, "sent by each GPU", "LoRA", "full"], rows)
 
 
 def calibration_table(model: Model, args: argparse.Namespace) -> str:
-    """Payload of a whole calibration by metric and stage."""
+    """Payload of a whole calibration by metric, and what each GPU sends by stage."""
     rows = []
     for metric in METRICS:
-        for stage in ("ddp", "zero3", "fsdp2"):
-            run = run_of(args, stage, args.world)
-            payload = calibration_payload(model, run, metric, args.batches)
-            figures = [gb(payload.get(kind, 0)) for kind in KINDS]
-            rows.append([f"{metric} {stage}", *figures, gb(wire_bytes(payload, args.world))])
-    return table(["GB a calibration", *KINDS, "sent by each GPU"], rows)
+        payloads = {
+            stage: calibration_payload(
+                model, run_of(args, stage, args.world), metric, args.batches, args.directions
+            )
+            for stage in ("ddp", "zero3", "fsdp2")
+        }
+        figures = [payloads["fsdp2"].get(kind, 0) for kind in KINDS]
+        figures += [wire_bytes(payload, args.world) for payload in payloads.values()]
+        rows.append([metric, *map(gb, figures)])
+    head = ["GB a calibration", *(f"fsdp2 {kind}" for kind in KINDS)]
+    return table([*head, "sent: ddp", "zero3", "fsdp2"], rows)
 
 
 def memory_table(model: Model, args: argparse.Namespace) -> str:
     """GiB of each process by stage and number of processes."""
     rows = []
-    for stage in STAGES:
-        for world in (8, 64, 512):
-            run = run_of(args, stage, world)
-            parts = memory(model, run)
-            others = [sum(memory(model, run, method).values()) for method in ("lora", "full")]
-            figures = [*parts.values(), sum(parts.values()), accumulator_bytes(model, run), *others]
-            rows.append([f"{stage} {world}", *(f"{nbytes / GIB:.1f}" for nbytes in figures)])
+    for stage, world in MEMORY_ROWS:
+        run = run_of(args, stage, world)
+        parts = memory(model, run)
+        others = [sum(memory(model, run, method).values()) for method in ("lora", "full")]
+        figures = [*parts.values(), sum(parts.values()), accumulator_bytes(model, run), *others]
+        rows.append([f"{stage} {world}", *(f"{nbytes / GIB:.1f}" for nbytes in figures)])
     head = ["GiB a GPU", "base", "gathered", "trained", "kept rows", "sum"]
     return table([*head, "`taylor` adds", "LoRA sum", "full sum"], rows)
 
@@ -112,11 +126,14 @@ def span(compute: float, communication: float, scale: float) -> str:
 
 def counted_table() -> str:
     """What tests/distributed/test_traffic.py counted in real processes, and the formula."""
-    rows = [
-        [row["case"], row["world"], row["span"], f"{row['counted']:,}", f"{row['formula']:,}"]
-        for row in json.loads(COUNTED.read_text())
-    ]
-    return table(["case", "processes", "of", "bytes counted", "by formula"], rows)
+    cells: dict[str, dict[tuple[str, str], str]] = {}
+    for row in json.loads(COUNTED.read_text()):
+        same = row["counted"] == row["formula"]
+        text = f"{row['counted']:,}" + ("" if same else f" (formula {row['formula']:,})")
+        cells.setdefault(row["case"], {})[row["span"], row["world"]] = text
+    columns = [(span, world) for span in ("step", "calibration") for world in ("2", "4")]
+    head = ["bytes", *(f"{span}, {world} processes" for span, world in columns)]
+    return table(head, [[case, *(c.get(key, "") for key in columns)] for case, c in cells.items()])
 
 
 def run_of(args: argparse.Namespace, stage: str, world: int) -> Run:
@@ -148,6 +165,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--base-bytes", type=positive, default=2, help="of a base weight")
     parser.add_argument("--compact-bytes", type=positive, default=4, help="of a trained weight")
     parser.add_argument("--batches", type=positive, default=8, help="of a calibration")
+    parser.add_argument("--directions", type=positive, default=5, help="of zo_taylor")
     parser.add_argument("--tokens", type=positive, default=8192, help="of a step, on each GPU")
     parser.add_argument("--seq-len", type=positive, default=4096)
     parser.add_argument("--network", choices=NETWORKS, default="infiniband", help="between nodes")
@@ -160,12 +178,13 @@ def main(argv: list[str] | None = None) -> None:
         print(counted_table())
         return
     model = Model(SHAPES[args.model], args.r, args.density)
-    share = numel(model.compact) / numel(model.base)
-    print(
-        f"{args.model}: {numel(model.base) / 1e9:.2f} billion weights, "
-        f"{numel(model.compact) / 1e6:.1f} million trained ({share:.1%}); "
-        f"LoRA of rank {model.lora_rank} has {numel(model.trained('lora')) / 1e6:.1f}.\n"
-    )
+    if args.table in ("bytes", "memory"):
+        share = numel(model.compact) / numel(model.base)
+        print(
+            f"{args.model}: {numel(model.base) / 1e9:.2f} billion weights, "
+            f"{numel(model.compact) / 1e6:.1f} million trained ({share:.1%}); "
+            f"LoRA of rank {model.lora_rank} has {numel(model.trained('lora')) / 1e6:.1f}.\n"
+        )
     print(TABLES[args.table](model, args))
 
 

@@ -20,14 +20,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from trainer_ext import SpftConfig
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "scaling.md"
-COMMANDS = re.findall(r"^python benchmarks/scaling\.py (.*)$", DOCUMENT.read_text(), re.M)
+COMMANDS = re.findall(r"^`python benchmarks/scaling\.py (.*)`:$", DOCUMENT.read_text(), re.M)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_document_holds_what_its_commands_print(command, capsys):
     scaling.main(command.split())
     printed = capsys.readouterr().out.strip()
-    block = f"```sh\npython benchmarks/scaling.py {command}\n```\n\n{printed}\n"
+    block = f"`python benchmarks/scaling.py {command}`:\n\n{printed}\n"
     assert block in DOCUMENT.read_text()
 
 

@@ -114,6 +114,17 @@ def test_a_larger_base_does_not_change_a_step_under_ddp(counts, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_all_parameters_are_broadcast_once_at_the_start(counts, world):
+    for case in (Case("ddp"), Case("zero1", accumulation=2), Case("zero2", accumulation=2)):
+        parameters = FP32 * (numel(case.model.base) + numel(case.model.compact))
+        # DDP compares shapes and sends its buffers
+        beside = 1200 if case.engine == "ddp" else 0
+        for rank in counts(world):
+            sent = counted(rank, case, "start")["broadcast"]
+            assert parameters <= sent <= parameters + beside
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_the_committed_figures_are_those_counted(counts, world):
     """SPFT_RECORD_TRAFFIC=1 python -m pytest -m "" tests/distributed/test_traffic.py: new ones."""
     rows = []
