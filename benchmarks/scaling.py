@@ -87,7 +87,9 @@ def memory_table(model: Model, args: argparse.Namespace) -> str:
         run = run_of(args, stage, world)
         parts = memory(model, run)
         others = [sum(memory(model, run, method).values()) for method in ("lora", "full")]
-        figures = [*parts.values(), sum(parts.values()), accumulator_bytes(model, run), *others]
+        trained = sum(parts[key] for key in ("values", "gradients", "master", "moments"))
+        figures = [parts["base"], parts["gathered"], trained, parts["kept"]]
+        figures += [sum(parts.values()), accumulator_bytes(model, run), *others]
         rows.append([f"{stage} {world}", *(f"{nbytes / GIB:.1f}" for nbytes in figures)])
     head = ["GiB a GPU", "base", "gathered", "trained", "kept rows", "sum"]
     return table([*head, "`taylor` adds", "LoRA sum", "full sum"], rows)

@@ -23,8 +23,8 @@ def memory(model: Model, run: Run, method: str = "spft") -> dict[str, int]:
 
     Returns:
         base: the model's weights; gathered: what sharded weights take while they are whole, at
-        most; trained: the trained parameters, their gradients, fp32 master copies and AdamW's
-        moments; kept: W0's rows under write-through.
+        most; values, gradients, master, moments: of the trained parameters, master being fp32
+        copies and moments AdamW's; kept: W0's rows under write-through.
     """
     whole, world = run.stage in WHOLE, run.world
     b, c = run.base_bytes, run.trained_bytes(method)
@@ -39,7 +39,10 @@ def memory(model: Model, run: Run, method: str = "spft") -> dict[str, int]:
     return {
         "base": base * b,
         "gathered": 0 if whole or world == 1 else _gathered(model, run) * b,
-        "trained": values + gradients + master + 2 * FP32 * part,
+        "values": values,
+        "gradients": gradients,
+        "master": master,
+        "moments": 2 * FP32 * part,
         "kept": count * b if method == "spft" and whole else 0,
     }
 

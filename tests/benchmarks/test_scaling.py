@@ -71,7 +71,8 @@ def test_sharding_divides_memory():
     model = Model(SHAPES["70b"], 64)
     one = memory(model, Run("ddp", 1))
     assert one["base"] == 2 * numel(model.base)
-    assert one["trained"] == 16 * numel(model.compact)
+    assert one["values"] + one["gradients"] + one["moments"] == 16 * numel(model.compact)
+    assert one["master"] == 0
     assert one["kept"] == 2 * numel(model.compact)
     assert memory(model, Run("ddp", 64)) == one
     for stage in ("zero3", "fsdp2"):

@@ -6,6 +6,8 @@ each use) and FSDP2, r no multiple of the processes. All processes count the sam
 - No gradient of a base weight is ever sent in training: the reductions hold the compact rows alone,
   and a base twice as large with the same inputs changes nothing of a step under DDP. The counter
   would see them: full fine-tuning sends all of them.
+- A process holds what benchmarks/scaling_cost.py says: base, compact rows, moments, DeepSpeed's
+  fp32 copies and the kept rows; under FSDP2, whose last processes have the padding, at most.
 - The Trainer's and the engines' own bookkeeping is named and counted, and small. DeepSpeed's checks
   of its first passes, which a calibration is, are bounded.
 """
@@ -27,6 +29,7 @@ from scaling_bytes import (
     step_bookkeeping,
     step_payload,
 )
+from scaling_cost import memory
 from scaling_model import numel
 from traffic import Collective, bytes_by_kind
 from traffic_worker import BATCHES, DIRECTIONS, FAMILIES, Case
@@ -122,6 +125,24 @@ def test_all_parameters_are_broadcast_once_at_the_start(counts, world):
         for rank in counts(world):
             sent = counted(rank, case, "start")["broadcast"]
             assert parameters <= sent <= parameters + beside
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.method == "spft"], ids=str)
+def test_a_process_holds_what_the_formula_says(counts, case, world):
+    expected = memory(case.model, case.run(world))
+    held = [rank[str(case)]["held"] for rank in counts(world)]
+    for rank in held:
+        assert set(rank) == {"base", "values", "master", "moments", "kept"}
+        assert rank["moments"] > 0
+        for part, nbytes in rank.items():
+            if case.engine == "fsdp2":
+                assert nbytes <= expected[part]
+            else:
+                assert nbytes == expected[part], part
+    if case.engine == "fsdp2":
+        assert sum(rank["base"] for rank in held) == FP32 * numel(case.model.base)
+        assert sum(rank["moments"] for rank in held) == 2 * FP32 * numel(case.model.compact)
 
 
 @pytest.mark.parametrize("world", WORLDS)

@@ -23,6 +23,7 @@ from traffic import Traffic
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from trainer_ext import SpftConfig, SpftTrainer
+from trainer_ext.trainer_batches import bare_model
 
 SIZES = {
     "tiny": TINY,
@@ -101,10 +102,11 @@ FAMILIES = {
 
 
 class Marks(TrainerCallback):
-    """Where in the list of calls training begins and each step begins."""
+    """Where in the list of calls training begins and each step begins; what is held at the end."""
 
-    def __init__(self, traffic: Traffic) -> None:
-        self.traffic = traffic
+    def __init__(self, traffic: Traffic, trainer: Trainer) -> None:
+        self.traffic, self.trainer = traffic, trainer
+        self.held: dict[str, int] = {}
         self.training = 0
         self.steps: list[int] = []
 
@@ -114,10 +116,39 @@ class Marks(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         self.steps.append(len(self.traffic.calls))
 
+    def on_train_end(self, args, state, control, **kwargs):
+        self.held = held_bytes(self.trainer)
+
+
+def held_bytes(trainer: Trainer) -> dict[str, int]:
+    """Bytes of this process by the names of `scaling_cost.memory`, while write-through lasts."""
+    model = bare_model(trainer)
+    found = {"base": 0, "values": 0, "kept": 0}
+    for name, parameter in model.named_parameters():
+        local = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3's part
+        local = local.to_local() if hasattr(local, "to_local") else local
+        found["values" if "spft_delta" in name else "base"] += local.nbytes
+    for layer in model.modules():
+        if getattr(layer, "written", None) is not None:
+            found["kept"] += layer.written.rows.nbytes
+    found["moments"] = optimizer_state_bytes(trainer.optimizer, ("exp_avg", "exp_avg_sq"))
+    engine = getattr(trainer.optimizer, "optimizer", None)
+    copies = getattr(engine, "single_partition_of_fp32_groups", [])  # ZeRO-1, 2
+    copies = getattr(engine, "fp32_partitioned_groups_flat", copies)  # ZeRO-3
+    found["master"] = sum(copy.nbytes for copy in copies)
+    return found
+
+
+def optimizer_state_bytes(optimizer, names: tuple[str, ...]) -> int:
+    """Bytes of the named state tensors that this process holds."""
+    states = getattr(optimizer, "optimizer", optimizer).state.values()
+    held = [state[name] for state in states for name in names]
+    return sum((t.to_local() if hasattr(t, "to_local") else t).nbytes for t in held)
+
 
 def count(folder: Path, case: Case, world: int) -> dict:
-    """The calls before training, of the calibration, and from one steady step to the next; and the
-    number of modules."""
+    """The calls before training, of the calibration, and from one steady step to the next; the
+    number of modules; and what memory is held."""
     config = deepspeed_config(case.engine)
     if config:
         config["gradient_clipping"] = 1.0
@@ -151,13 +182,13 @@ def count(folder: Path, case: Case, world: int) -> dict:
     else:
         trainer = Trainer(model, arguments, train_dataset=rows)
     traffic = Traffic()
-    marks = Marks(traffic)
+    marks = Marks(traffic, trainer)
     trainer.callback_handler.callbacks.insert(0, marks)  # before the calibration
     with traffic:
         trainer.train()
     if case.method == "spft":
         check_engine(trainer, case.engine, world)
-    found = {"modules": sum(1 for _ in trainer.model.modules())}
+    found = {"modules": sum(1 for _ in trainer.model.modules()), "held": marks.held}
     spans = {
         "start": (0, marks.training),
         "calibration": (marks.training, marks.steps[0]),
