@@ -140,8 +140,11 @@ def deepspeed_config(engine: str) -> dict | None:
     if not engine.startswith("zero"):
         return None
     zero = {"stage": int(engine[4])}
-    if engine == "zero3":
+    if engine in ("zero3", "zero3_streamed"):
         zero["stage3_param_persistence_threshold"] = 0  # every parameter is really partitioned
+    if engine == "zero3_streamed":  # and given up after each use, as in a model too large to keep
+        for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
+            zero[f"stage3_{name}"] = 0
     return {
         "zero_optimization": zero,
         "train_batch_size": "auto",
