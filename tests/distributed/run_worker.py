@@ -4,6 +4,7 @@ model's folder to the saved adapter, with checkpoints, and a death where it is a
     run_worker.py FOLDER ENGINE OPTIONS
 
 ENGINE is none, ddp, zero1, zero2, zero3 (all partitioned), zero3_default (small ones whole),
+zero3_streamed (and nothing kept for longer than it is used),
 zero2_offload, zero3_offload (optimizer and parameters), fsdp2 (full state dicts), fsdp2_sharded,
 fsdp2_ram (loaded by one process). OPTIONS is JSON: see `Options`.
 """
@@ -65,6 +66,9 @@ def deepspeed_config(engine: str, bf16: bool) -> dict | None:
     zero: dict = {"stage": int(engine[4])}
     if engine[4] == "3" and not engine.endswith("default"):
         zero["stage3_param_persistence_threshold"] = 0
+    if engine.endswith("streamed"):
+        for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
+            zero[f"stage3_{name}"] = 0
     if engine.endswith("offload"):
         zero["offload_optimizer"] = {"device": "cpu"}
         if engine[4] == "3":
