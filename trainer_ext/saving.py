@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import contextmanager
+from pathlib import Path
 
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -86,8 +87,7 @@ class CheckpointKeeper:
             return
         engine = Engine.of(self.trainer).name
         if (engine, world_size()) != (mark.engine, mark.world_size):
-            whole = os.path.isfile(os.path.join(folder, OPTIMIZER_FILE))
-            if not whole and not self.trainer.args.save_only_model:
+            if any(Path(folder).glob("optimizer_*_of_*.pt")):
                 raise SpftError(
                     f"{folder!r} holds 8-bit moments as {mark.world_size} processes of "
                     f"{mark.engine} had them, which {world_size()} of {engine} cannot divide anew; "

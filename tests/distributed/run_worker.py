@@ -124,7 +124,9 @@ def make_trainer(engine: str, options: Options, world: int) -> SpftTrainer:
     model = AutoModelForCausalLM.from_pretrained(options.base, dtype=dtype)
     rows = [{k: v for k, v in row.items() if k != "topic"} for row in ragged_rows(96)]
     config = SpftConfig(**{"r": 4, "calibration_batches": 2, **options.config})
-    return SpftTrainer(model, arguments, train_dataset=rows, spft_config=config)
+    return SpftTrainer(
+        model, arguments, train_dataset=rows, eval_dataset=rows[:12], spft_config=config
+    )
 
 
 def check_engine(trainer, engine: str, world: int) -> None:

@@ -6,11 +6,14 @@ nothing of the base model."""
 
 from __future__ import annotations
 
+import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from engine_runs import finish, relative_difference, same_bits, save_base, start
+from safetensors.torch import load_file
 
 from trainer_ext.checkpoints import what_is_missing
 
@@ -82,6 +85,22 @@ def test_fresh_moments_are_told_from_saved_ones(source, base, tmp_path):
     (out / "checkpoint-3" / "spft_checkpoint.json").unlink()  # taken at the user's word then
     resumed = undisturbed("zero3", 2, base, out, resume=str(out / "checkpoint-3"))
     assert relative_difference(resumed.adapter, source.adapter) > 1e-3
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3", "fsdp2"])
+def test_the_best_checkpoint_is_loaded_in_the_end(base, tmp_path, engine):
+    keys = {
+        "eval_strategy": "steps",
+        "eval_steps": 3,
+        "load_best_model_at_end": True,
+        "learning_rate": 5.0,  # it soon is worse than it was
+        "lr_scheduler_type": "constant",
+    }
+    run = finish(engine, 2, base, tmp_path / "out", steps=9, arguments=SAVING | keys)
+    state = json.loads((run.out / "checkpoint-9" / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert best.name != "checkpoint-9"
+    assert same_bits(run.adapter, load_file(best / "adapter_model.safetensors"))
 
 
 def test_checkpoints_hold_nothing_of_the_base(source):
