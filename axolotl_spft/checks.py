@@ -40,6 +40,7 @@ _REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
     "tensor_parallel_size": (_size_above_one, f"tensor parallelism {_NOT_YET}; set it to 1"),
     "context_parallel_size": (_size_above_one, f"context parallelism {_NOT_YET}; set it to 1"),
     "sequence_parallel_degree": (_size_above_one, f"sequence parallelism {_NOT_YET}; set it to 1"),
+    "dp_replicate_size": (_size_above_one, f"hybrid sharding {_NOT_YET}; set it to 1"),
     "expert_parallel_size": (_size_above_one, f"expert parallelism {_NOT_YET}; set it to 1"),
     "rl": (bool, f"preference and reinforcement training {_NOT_YET}; use SFT data"),
     "reward_model": (bool, f"reward modelling {_NOT_YET}; drop it"),
@@ -61,10 +62,28 @@ def refuse_unsupported(cfg: dict) -> None:
         value = cfg.get(key)
         if value is not None and is_refused(value):
             raise SpftError(f"{key} is {value!r}: {reason}")
+    _refuse_unsupported_fsdp(cfg)
     if cfg.get("merge_method") == "memory_efficient":
         raise SpftError(
             "merge_method is 'memory_efficient': Axolotl's shard-wise merge knows LoRA files only; "
             "drop merge_method (SPFT uses legacy, which merges exactly)"
+        )
+
+
+def _refuse_unsupported_fsdp(cfg: dict) -> None:
+    fsdp = cfg.get("fsdp_config")
+    if not isinstance(fsdp, dict):
+        return
+    version = cfg.get("fsdp_version") or fsdp.get("fsdp_version")
+    if str(version) != "2":
+        raise SpftError(
+            f"fsdp_version is {version!r}: FSDP1 is not supported with adapter: prune_spft; "
+            "set fsdp_version: 2"
+        )
+    if fsdp.get("offload_params"):
+        raise SpftError(
+            f"fsdp_config.offload_params is {fsdp['offload_params']!r}: FSDP2's parameter offload "
+            f"{_NOT_YET}; drop it, or offload by DeepSpeed ZeRO-3"
         )
 
 

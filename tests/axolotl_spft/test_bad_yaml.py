@@ -59,8 +59,13 @@ YAML_ROWS = [
     ({"lora_mlp_kernel": True}, ["lora_mlp_kernel is True", "drop it"]),
     ({"peft_use_dora": True}, ["peft_use_dora is True", "drop it"]),
     ({"relora": True}, ["relora is True", "drop it"]),
-    ({"fsdp_config": {"fsdp_version": 2}}, ["fsdp_config is {", "use one process or plain DDP"]),
-    ({"deepspeed": "zero3.json"}, ["deepspeed is 'zero3.json'", "use one process or plain DDP"]),
+    ({"fsdp_config": {"state_dict_type": "x"}}, ["fsdp_version is None", "fsdp_version: 2"]),
+    ({"fsdp_config": {}, "fsdp": ["full_shard"]}, ["fsdp is ['full_shard']", "use fsdp_config"]),
+    (
+        {"fsdp_version": 2, "fsdp_config": {"offload_params": True}},
+        ["fsdp_config.offload_params is True", "offload by DeepSpeed ZeRO-3"],
+    ),
+    ({"dp_replicate_size": 2}, ["dp_replicate_size is 2", "hybrid sharding", "set it to 1"]),
     ({"tensor_parallel_size": 2}, ["tensor_parallel_size is 2", "set it to 1"]),
     ({"context_parallel_size": 2}, ["context_parallel_size is 2", "set it to 1"]),
     (
