@@ -13,7 +13,7 @@ from __future__ import annotations
 import pytest
 import torch
 from engine_worker import METRICS
-from processes import launch
+from forked import launch
 
 ENGINES = [
     ("ddp", 2),

@@ -19,7 +19,7 @@ import os
 from collections import Counter
 
 import pytest
-from processes import launch
+from forked import launch
 from scaling import COUNTED
 from scaling_bytes import (
     FP32,
