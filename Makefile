@@ -8,7 +8,8 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test lint format benchmark benchmark-step benchmark-calibration clean
+.PHONY: install quickstart test test-distributed lint format benchmark benchmark-step \
+    benchmark-calibration clean
 
 # The stamp is written last: an interrupted install is not taken for a finished one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -33,8 +34,13 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# All but the tests marked `full`.
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Real processes under every engine: the core of it, which `make test` has too, and the rest.
+test-distributed: install
+	$(BIN)/python -m pytest -m "" tests/distributed $(PYTEST_ARGS)
 
 benchmark: benchmark-step
 

@@ -97,8 +97,8 @@ def step_bookkeeping(model: Model, run: Run) -> Payload:
     """What the Trainer and the engine send beside it in every step, with logging at each.
 
     From every process the count of target tokens (int64), its loss and its count of FLOPs (fp32);
-    DeepSpeed's overflow flag and norm; FSDP2's norms for clipping; DDP's broadcast of buffers: each
-    layer's index and flag, and the rotary frequencies.
+    DeepSpeed's overflow flag and norm; FSDP2's norms for clipping; DDP's broadcast of buffers: the
+    rotary frequencies.
     """
     found: Counter[str] = Counter(all_gather=(INT64 + 2 * FP32) * run.world)
     if run.stage in ("zero1", "zero2"):
@@ -112,12 +112,12 @@ def step_bookkeeping(model: Model, run: Run) -> Payload:
     return dict(found)
 
 
-def ddp_buffers(model: Model, method: str = "spft") -> int:
-    """Bytes of the buffers that DDP broadcasts before a step's forward."""
-    rotary = 2 * FP32 * (model.size.hidden // model.size.heads // 2)
-    if method != "spft":
-        return rotary
-    return rotary + sum(INT64 * rows + 1 for rows, _ in model.compact)
+def ddp_buffers(model: Model) -> int:
+    """Bytes of the buffers that DDP broadcasts before a step's forward: rotary frequencies, twice.
+
+    Which neurons are selected is not sent: every process selects them itself.
+    """
+    return 2 * FP32 * (model.size.hidden // model.size.heads // 2)
 
 
 def calibration_payload(
@@ -165,9 +165,7 @@ def calibration_payload(
     if metric != "magnitude":
         passes = micro * (2 * directions if metric == "zo_taylor" else 1)
         found["all_gather"] += base_gathers(model, run, passes, backward)
-        # FSDP2's groups hold the deltas too; under ZeRO-3 the layer's look at one gathers it,
-        # but for recomputed layers
-        if run.stage == "fsdp2" or (run.stage == "zero3" and not (run.checkpointing and backward)):
+        if run.stage == "fsdp2":  # its groups hold the deltas too
             own = sharded_numel(model.compact, run) * run.compact_bytes
             found["all_gather"] += passes * (2 if backward else 1) * own
     return {kind: nbytes for kind, nbytes in found.items() if nbytes}

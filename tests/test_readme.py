@@ -26,7 +26,7 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("command", re.findall(r"^make [a-z]+|`make [a-z]+`", README, flags=re.M))
+@pytest.mark.parametrize("command", re.findall(r"^make [a-z-]+|`make [a-z-]+`", README, flags=re.M))
 def test_make_commands_exist(command):
     target = command.strip("`").split()[1]
     done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from transformers import Trainer
@@ -17,11 +17,11 @@ from .checkpoints import (
     finish_checkpoint,
     last_complete,
 )
-from .distributed import Engine, settle_checkpointing, wait_for_all, world_size
+from .distributed import Engine, keep_from_broadcast, settle_checkpointing, wait_for_all, world_size
 from .errors import SpftError
 from .trainer_batches import bare_model
 from .training_state import OPTIMIZER_FILE, TrainingState, own_optimizer_file, plain_name
-from .tuner.model import buffers_out_of_state_dict
+from .tuner.model import buffers_out_of_state_dict, selection_buffers
 
 logger = logging.getLogger(__name__)
 
@@ -207,9 +207,13 @@ class CheckpointKeeper:
 
 @contextmanager
 def _spft_buffers_left_alone(trainer: Trainer):
-    """FSDP2's loading by one process takes everything in the state dict for a sharded parameter."""
-    if Engine.of(trainer).kind != "fsdp2":
-        yield
-        return
-    with buffers_out_of_state_dict(trainer.model):
+    """Engines need not send which neurons are selected: every process selects or reads them itself.
+
+    DDP would do so before every forward. FSDP2's loading by one process takes everything in the
+    state dict for a sharded parameter.
+    """
+    kind = Engine.of(trainer).kind
+    if kind == "ddp":
+        keep_from_broadcast(trainer.model, selection_buffers(trainer.model))
+    with buffers_out_of_state_dict(trainer.model) if kind == "fsdp2" else nullcontext():
         yield

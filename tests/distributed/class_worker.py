@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-import torch
 from accelerate.utils import DistributedType
+from processes import hand_over
 from tiny_models import dataset, tiny_model
 from transformers import TrainingArguments
 
@@ -65,10 +65,7 @@ def main(folder: Path) -> None:
     kind = trainer.accelerator.distributed_type
     assert kind == (DistributedType.MULTI_CPU if world > 1 else DistributedType.NO), kind
     SEEN["model"] = sorted(SEEN["model"])
-    torch.save(SEEN, folder / f"rank{trainer.accelerator.process_index}.pt")
-    if world > 1:
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    hand_over(SEEN, folder)
 
 
 if __name__ == "__main__":

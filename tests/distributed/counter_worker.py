@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import hand_over
 from torch.distributed import _functional_collectives as functional
 from torch.distributed._composable.fsdp import fully_shard
 from torch.distributed.device_mesh import init_device_mesh
@@ -65,16 +66,13 @@ def collectives(world: int) -> dict:
 
 def main(folder: Path) -> None:
     dist.init_process_group("gloo")
-    world, rank = dist.get_world_size(), dist.get_rank()
     found = {}
-    for name, issue in collectives(world).items():
+    for name, issue in collectives(dist.get_world_size()).items():
         traffic = Traffic()
         with traffic:
             issue()
         found[name] = [asdict(call) for call in traffic.calls]
-    torch.save(found, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    hand_over(found, folder)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
+from processes import hand_over
 from tiny_models import batch, tiny_model
 from transformers import TrainerCallback, TrainingArguments
 
@@ -224,13 +225,8 @@ def start(engine: str) -> None:
 
 def main(folder: Path, engine: str) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
     start(engine)
-    results = {metric: train(folder, engine, metric, world) for metric in METRICS}
-    torch.save(results, folder / f"rank{rank}.pt")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    hand_over({metric: train(folder, engine, metric, world) for metric in METRICS}, folder)
 
 
 if __name__ == "__main__":

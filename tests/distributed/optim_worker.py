@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from adapters import selected
 from engine_worker import start
+from processes import hand_over
 from tiny_models import batch
 from torch.distributed.checkpoint import state_dict as checkpointing
 from torch.distributed.fsdp import fully_shard
@@ -235,16 +236,12 @@ def _bf16() -> dict:
 
 def main(folder: Path, engine: str) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
     if engine == "zero":
         start("zero3")
     results = {"none": plain, "zero": zero, "fsdp2": fsdp2}[engine](folder)
     if world > 1:
         assert dist.get_world_size() == world
-    torch.save(results, folder / f"rank{rank}.pt")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    hand_over(results, folder)
 
 
 if __name__ == "__main__":

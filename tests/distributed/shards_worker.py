@@ -17,6 +17,7 @@ from adapters import wrapped
 from memory import StorageTracker
 from oracles import weights
 from peft import get_peft_model
+from processes import hand_over
 from tiny_models import batch, few_tokens, tiny_model, wide_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -171,11 +172,7 @@ def main(folder: Path, what: str) -> None:
     if world > 1:
         dist.init_process_group("gloo")
         assert dist.get_world_size() == world
-    results = MODES[what](world, rank)
-    torch.save(results, folder / f"rank{rank}.pt")
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+    hand_over(MODES[what](world, rank), folder)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from processes import hand_over
 
 from trainer_ext.distributed import ShardLayout
 from trainer_ext.importance.sharded_sum import ShardedSums
@@ -41,9 +42,7 @@ def main(folder: Path) -> None:
             tensor = addition(rank, batch, number, name)
             sums.add(name, lambda out, t=tensor: out.add_(t), lambda out, t=tensor: out.copy_(t))
         sums.finish()
-    torch.save(sums.sums, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    hand_over(sums.sums, folder)
 
 
 if __name__ == "__main__":

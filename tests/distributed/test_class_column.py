@@ -1,5 +1,7 @@
 """The classes of rows under DDP, 2 real processes: each gets those of its own rows, and the model
-below DDP never gets any."""
+below DDP never gets any.
+
+They are started by torchrun, as users do; the other tests' processes are forked."""
 
 from __future__ import annotations
 

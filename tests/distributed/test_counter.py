@@ -7,7 +7,7 @@ from __future__ import annotations
 import pickle
 
 import pytest
-from processes import launch
+from forked import launch
 
 WORLD = 2
 PICKLED = len(pickle.dumps("neuron"))

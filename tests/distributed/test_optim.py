@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from forked import launch
 from optim_worker import OPTIONS, ZERO_CASES
-from processes import launch
 
 from trainer_ext.optim import SelectedNeuronAdamWReference
 

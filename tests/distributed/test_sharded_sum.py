@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processes import launch
+from forked import launch
 from sums_worker import ADDITIONS, SHAPES, addition
 
 

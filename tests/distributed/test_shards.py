@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from processes import launch
+from forked import launch
 
 
 @pytest.fixture(scope="module")

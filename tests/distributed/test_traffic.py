@@ -9,7 +9,7 @@ each use) and FSDP2, r no multiple of the processes. All processes count the sam
 - A process holds what benchmarks/scaling_cost.py says: base, compact rows, moments, DeepSpeed's
   fp32 copies and the kept rows; under FSDP2, whose last processes have the padding, at most.
 - The Trainer's and the engines' own bookkeeping is named and counted, and small. DeepSpeed's checks
-  of its first passes, which a calibration is, are bounded.
+  of its first passes, which a calibration is, are bounded, and so is what the guard compares.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 from collections import Counter
 
 import pytest
-from processes import launch
+from forked import launch
 from scaling import COUNTED
 from scaling_bytes import (
     FP32,
@@ -31,7 +31,7 @@ from scaling_bytes import (
 )
 from scaling_cost import memory
 from scaling_model import numel
-from traffic import Collective, bytes_by_kind
+from traffic import Collective, bytes_by_kind, object_exchanges
 from traffic_worker import BATCHES, DIRECTIONS, FAMILIES, Case
 
 CASES = [case for cases in FAMILIES.values() for case in cases]
@@ -55,16 +55,16 @@ def counts(tmp_path_factory):
 
 
 def counted(rank: dict, case: Case, span: str) -> dict[str, int]:
-    return bytes_by_kind([Collective(**call) for call in rank[str(case)][span]])
+    calls = [Collective(**call) for call in rank[str(case)][span]]
+    if span == "calibration":
+        calls, _ = object_exchanges(calls)  # the guard's, whose settings' texts are a machine's own
+    return bytes_by_kind(calls)
 
 
 def expected_step(case: Case, world: int) -> dict[str, int]:
     run = case.run(world)
     expected = Counter(step_payload(case.model, run, case.method))
-    expected += Counter(step_bookkeeping(case.model, run))
-    if case.method != "spft":
-        expected["broadcast"] = ddp_buffers(case.model, case.method)
-    return dict(expected)
+    return dict(expected + Counter(step_bookkeeping(case.model, run)))
 
 
 def expected_calibration(case: Case, world: int) -> dict[str, int]:
@@ -97,6 +97,17 @@ def test_a_calibration_sends_what_the_formula_says(counts, case, world):
 
 @pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("case", [case for case in CASES if case.method == "spft"], ids=str)
+def test_the_guard_compares_settings_and_neurons_once(counts, case, world):
+    for rank in counts(world):
+        calls = [Collective(**call) for call in rank[str(case)]["calibration"]]
+        sizes, settings, more_sizes, neurons = object_exchanges(calls)[1]
+        assert sizes == more_sizes == Collective("all_gather", INT64 * world, "int64")
+        assert settings.nbytes <= 3000 * world
+        assert neurons.nbytes <= (100 * len(case.model.linears) + 200) * world
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.method == "spft"], ids=str)
 def test_only_compact_rows_are_reduced_in_training(counts, case, world):
     bound = numel(case.model.compact, rows_of=world) * FP32 * case.accumulation
     assert bound * 2 < numel(case.model.base) * FP32 * case.accumulation
@@ -117,11 +128,20 @@ def test_a_larger_base_does_not_change_a_step_under_ddp(counts, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
+def test_which_neurons_are_selected_is_not_sent_under_ddp(counts, world):
+    """Of the buffers only those of the base, which full fine-tuning broadcasts too."""
+    spft, full = Case("ddp"), Case("ddp", method="full")
+    for rank in counts(world):
+        sent = counted(rank, spft, "step")["broadcast"]
+        assert sent == counted(rank, full, "step")["broadcast"] == ddp_buffers(spft.model)
+
+
+@pytest.mark.parametrize("world", WORLDS)
 def test_all_parameters_are_broadcast_once_at_the_start(counts, world):
     for case in (Case("ddp"), Case("zero1", accumulation=2), Case("zero2", accumulation=2)):
         parameters = FP32 * (numel(case.model.base) + numel(case.model.compact))
-        # DDP compares shapes and sends its buffers
-        beside = 1200 if case.engine == "ddp" else 0
+        # DDP compares shapes and sends the rotary frequencies
+        beside = 500 if case.engine == "ddp" else 0
         for rank in counts(world):
             sent = counted(rank, case, "start")["broadcast"]
             assert parameters <= sent <= parameters + beside

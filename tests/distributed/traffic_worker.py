@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from engine_worker import check_engine, deepspeed_config, fsdp_arguments, start
 from peft import LoraConfig, get_peft_model
+from processes import hand_over
 from scaling_model import TINY, Model, Run
 from tiny_models import dataset
 from traffic import Traffic
@@ -222,7 +222,7 @@ def make_model(case: Case) -> torch.nn.Module:
 
 
 def main(folder: Path) -> None:
-    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    world = int(os.environ["WORLD_SIZE"])
     results, environment = {}, dict(os.environ)
     for cases in FAMILIES.values():
         # engines leave variables behind that choose an engine
@@ -231,9 +231,7 @@ def main(folder: Path) -> None:
         PartialState._reset_state()
         start(cases[0].engine)
         results |= {str(case): count(folder, case, world) for case in cases}
-    torch.save(results, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    hand_over(results, folder)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ Axolotl is not imported before the first run, so that tests of trainer_ext alone
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ from unittest import mock
 
 import torch
 import yaml
+from axolotl_once import freeze_after_first_run, import_once
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
@@ -257,7 +257,7 @@ def own_process_state():
     environment, hook = dict(os.environ), sys.excepthook
     handler, path = signal.getsignal(signal.SIGINT), list(sys.path)
     os.environ["AXOLOTL_TEE_STDOUT"] = "0"  # no copy of the output into the first output_dir
-    _import_once()
+    import_once()
     from accelerate.state import AcceleratorState, GradientState
     from axolotl.integrations.base import PluginManager
 
@@ -274,19 +274,4 @@ def own_process_state():
         sys.path[:] = path
         os.environ.clear()
         os.environ.update(environment)
-
-
-_imported = False
-
-
-def _import_once() -> None:
-    global _imported
-    if _imported:
-        return
-    import axolotl.cli.train
-    import axolotl.train  # noqa: F401
-
-    # Axolotl collects garbage seven times a run; nothing that is here now needs looking through.
-    gc.collect()
-    gc.freeze()
-    _imported = True
+        freeze_after_first_run()

@@ -52,6 +52,8 @@ def run(
             would do at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in folder.glob("rank*.pt"):
+        earlier.unlink()
     request = {
         "worker": str(WORKERS / worker),
         "arguments": [str(folder), *arguments],
@@ -77,6 +79,7 @@ def launch(worker: str, folder: Path, world: int, *arguments: str, timeout: int 
     """As `run`, for runs that must succeed: what every process saved."""
     ended = run(worker, folder, world, *arguments, timeout=timeout)
     assert not any(e.code for e in ended), "\n".join(e.stderr[-6000:] for e in ended)
+    assert not any(e.result is None for e in ended), f"{worker} has not saved its results"
     return [e.result for e in ended]
 
 

@@ -1,4 +1,5 @@
-"""Starts real processes with torchrun on this machine and collects what each of them saved."""
+"""Starts real processes with torchrun on this machine and collects what each of them saved; and the
+end of a process, however it was started."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -42,3 +44,11 @@ def launch(worker: str, folder: Path, world: int, *arguments: str, timeout: int 
     assert done.returncode == 0, done.stderr[-6000:]
     assert len(list(folder.glob("rank*.pt"))) == world
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+def hand_over(result: dict, folder: Path) -> None:
+    """A worker's last act: save its result, and leave when all processes have."""
+    torch.save(result, folder / f"rank{os.environ.get('RANK', '0')}.pt")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

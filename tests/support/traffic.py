@@ -57,6 +57,7 @@ _FUNCTIONAL = {
     "broadcast_": ("broadcast", 0),
 }
 _NO_TRAFFIC = ("wait_tensor", "_wrap_tensor_autograd", "check_for_nan")
+_PICKLED = ("all_gather", "uint8")
 _KINDS = {"c10d": _C10D, "_c10d_functional": _FUNCTIONAL}
 
 
@@ -109,3 +110,13 @@ def bytes_by_kind(calls: list[Collective]) -> dict[str, int]:
     for call in calls:
         total[call.kind] += call.nbytes
     return {kind: nbytes for kind, nbytes in total.items() if nbytes}
+
+
+def object_exchanges(calls: list[Collective]) -> tuple[list[Collective], list[Collective]]:
+    """The calls without those of `all_gather_object`, and the latter: sizes, then pickled bytes."""
+    numbers = [n for n, call in enumerate(calls) if (call.kind, call.dtype) == _PICKLED]
+    taken = {*numbers, *(n - 1 for n in numbers)}
+    return (
+        [call for n, call in enumerate(calls) if n not in taken],
+        [call for n, call in enumerate(calls) if n in taken],
+    )

@@ -1,22 +1,25 @@
 """ShardLayout: for any shape and world size the processes' ranges are disjoint and their union is
-the weight, blocks tile a range, and the masks of selected neurons agree with plain indexing. (Real
-engines: tests/distributed.)"""
+the weight, blocks tile a range, and the masks of selected neurons agree with plain indexing. DDP's
+list of what it leaves out keeps the names of others. (Real engines: tests/distributed.)"""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from adapters import wrapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer_ext.distributed import (
     ShardLayout,
+    keep_from_broadcast,
     local_shard,
     mean_over_processes,
     read_neurons,
     sum_over_processes,
     write_neurons,
 )
+from trainer_ext.tuner.model import deltas, selection_buffers
 
 
 @st.composite
@@ -92,3 +95,15 @@ def test_one_process_sums_itself():
     tensors = {"a": torch.rand(3)}
     assert sum_over_processes(tensors) is tensors
     assert mean_over_processes(tensors) is tensors
+
+
+def test_the_buffers_of_a_selection_are_kept_from_ddps_broadcast():
+    model = wrapped(r=4)
+    model._ddp_params_and_buffers_to_ignore = ["somebody.else"]
+    for _ in range(2):
+        keep_from_broadcast(model, selection_buffers(model))
+    left_out = set(model._ddp_params_and_buffers_to_ignore)
+    own = {name for name, _ in model.named_buffers() if "spft_delta" in name}
+    assert left_out == own | {"somebody.else"}
+    assert len(own) == 2 * len(deltas(model))
+    assert not any(hasattr(parameter, "_ddp_ignored") for parameter in model.parameters())

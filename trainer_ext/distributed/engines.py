@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..errors import SpftError
@@ -137,6 +139,16 @@ def settle_checkpointing(trainer: Trainer) -> None:
     if (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         # The reentrant variant drops the graph of blocks whose input needs no gradient.
         trainer.model.enable_input_require_grads()
+
+
+def keep_from_broadcast(model: torch.nn.Module, buffers: Iterable[str]) -> None:
+    """Let DDP leave out buffers that all processes have alike; must be called before it wraps.
+
+    It would broadcast them with all others before every forward. What the model's list of names to
+    leave out holds already stays there.
+    """
+    names = {*getattr(model, "_ddp_params_and_buffers_to_ignore", ()), *buffers}
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
 
 
 def note_trained_parameters(model: torch.nn.Module) -> None:

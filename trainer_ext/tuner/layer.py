@@ -46,6 +46,14 @@ class NeuronDelta(nn.Module):
         self._read_selected: tuple[torch.Tensor | None, int, bool] = (None, -1, False)
 
     @property
+    def held_weight(self) -> nn.Parameter:
+        """`weight` as this process holds it, to look at, not to compute with.
+
+        In a forward, ZeRO-3 gathers what is asked for as an attribute.
+        """
+        return self._parameters.get("weight")
+
+    @property
     def is_selected(self) -> bool:
         """`selected` as a Python bool, read from the device only when the buffer has changed.
 
@@ -181,7 +189,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         return (
             self.training
             and torch.is_grad_enabled()
-            and delta.weight.requires_grad
+            and delta.held_weight.requires_grad
             and not self.calibrating
         )
 
@@ -200,7 +208,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             return written is not None and written.adapter == adapter_name
         delta = self.spft_delta[adapter_name]
         if written is None:
-            due = self._trains(delta) and is_stepped(delta.weight)
+            due = self._trains(delta) and is_stepped(delta.held_weight)
         elif written.adapter != adapter_name or not is_whole(self.get_base_layer().weight):
             return False
         else:

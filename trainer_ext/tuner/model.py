@@ -185,6 +185,16 @@ def restore_base(model: nn.Module) -> None:
             module.restore()
 
 
+def selection_buffers(model: nn.Module) -> list[str]:
+    """Names of the buffers that say which neurons are selected, of all adapters."""
+    return [
+        f"{name}.{buffer}"
+        for name, module in model.named_modules()
+        if isinstance(module, NeuronDelta)
+        for buffer in NeuronDelta.SAVED_BUFFERS
+    ]
+
+
 @contextmanager
 def buffers_out_of_state_dict(model: nn.Module):
     """Meanwhile `state_dict` leaves out which neurons are selected; buffers stay as they are."""
