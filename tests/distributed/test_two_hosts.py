@@ -89,6 +89,7 @@ def test_two_hosts_train_as_one_process(cluster, undisturbed, alone, engine):
             assert (there[name] - tensor).norm() <= 1e-4 * tensor.norm(), name
 
 
+@pytest.mark.full
 def test_a_host_that_goes_away_is_named_and_the_next_start_resumes(cluster, undisturbed):
     zero, one = cluster.hosts
     cluster.start("cut", ["ddp", cluster.options("again"), UNPLUG_AT])
