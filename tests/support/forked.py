@@ -99,6 +99,7 @@ def _server() -> subprocess.Popen:
             stderr=subprocess.DEVNULL,
             text=True,
             env=environment,
+            cwd=ROOT,  # from where users run the examples
         )
         atexit.register(_process.kill)
     return _process
