@@ -4,6 +4,7 @@ model's folder to the saved adapter, with checkpoints, and a death where it is a
     run_worker.py FOLDER ENGINE OPTIONS
 
 ENGINE is none, ddp, zero1, zero2, zero3 (all partitioned), zero3_default (small ones whole),
+zero3_streamed (and nothing kept for longer than it is used),
 zero2_offload, zero3_offload (optimizer and parameters), fsdp2 (full state dicts), fsdp2_sharded,
 fsdp2_ram (loaded by one process). OPTIONS is JSON: see `Options`.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,11 +20,14 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from accelerate.utils import DistributedType
+from deaths import arrange_death
 from engine_worker import ragged_rows, start
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
-from trainer_ext import SelectedNeuronAdamW, SpftConfig, SpftTrainer
+from trainer_ext import ImportanceScores, SelectedNeuronAdamW, SpftConfig, SpftTrainer
+from trainer_ext.checkpoints import last_complete
 from trainer_ext.distributed import innermost_optimizer
+from trainer_ext.trainer import IMPORTANCE_FILE
 from trainer_ext.trainer_batches import bare_model
 from trainer_ext.tuner.model import deltas, spft_layers
 
@@ -38,10 +41,9 @@ class Options:
     Attributes:
         base: folder of the base model.
         out: output_dir, which all processes share.
-        resume: as Trainer.train takes it.
+        resume: as Trainer.train takes it; "auto": from the last complete checkpoint, if any.
         bf16: train in bf16.
-        die: where rank `die_rank` kills itself: "calibration", "step <n>", "save <n>" (the n-th
-            file of the second checkpoint is about to be written).
+        die: where rank `die_rank` kills itself; see deaths.py.
         arguments: further TrainingArguments.
         config: further fields of SpftConfig.
     """
@@ -64,6 +66,9 @@ def deepspeed_config(engine: str, bf16: bool) -> dict | None:
     zero: dict = {"stage": int(engine[4])}
     if engine[4] == "3" and not engine.endswith("default"):
         zero["stage3_param_persistence_threshold"] = 0
+    if engine.endswith("streamed"):
+        for name in ("max_live_parameters", "max_reuse_distance", "prefetch_bucket_size"):
+            zero[f"stage3_{name}"] = 0
     if engine.endswith("offload"):
         zero["offload_optimizer"] = {"device": "cpu"}
         if engine[4] == "3":
@@ -158,6 +163,10 @@ class Look(TrainerCallback):
         check_engine(self.trainer, self.engine, self.world)
 
 
+def scores_of(out: Path) -> dict[str, torch.Tensor]:
+    return ImportanceScores.load(out / IMPORTANCE_FILE).scores
+
+
 def main(folder: Path, engine: str, options: Options) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -167,7 +176,8 @@ def main(folder: Path, engine: str, options: Options) -> None:
     trainer.add_callback(look)
     if options.die and rank == options.die_rank:
         arrange_death(trainer, options.die)
-    trainer.train(resume_from_checkpoint=options.resume)
+    resume = last_complete(options.out) if options.resume == "auto" else options.resume
+    trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     assert look.steps
     torch.save(
@@ -184,35 +194,6 @@ def main(folder: Path, engine: str, options: Options) -> None:
     if world > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def arrange_death(trainer, where: str) -> None:
-    """Let this process kill itself at a point of the run."""
-    point, _, number = where.partition(" ")
-    count = int(number or 0)
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if point == "calibration":
-        compute_loss = trainer.compute_loss
-        calls = []
-
-        def compute(*args, **kwargs):
-            calls.append(1)
-            if len(calls) > count:
-                die()
-            return compute_loss(*args, **kwargs)
-
-        trainer.compute_loss = compute
-    elif point == "step":
-
-        class AtStep(TrainerCallback):
-            def on_step_begin(self, args, state, control, **kwargs):
-                if state.global_step == count:
-                    die()
-
-        trainer.add_callback(AtStep())
 
 
 if __name__ == "__main__":

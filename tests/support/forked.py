@@ -60,7 +60,7 @@ def run(
         "timeout": timeout,
         "grace": grace,
     }
-    server = _server()
+    server = _server("axolotl" if worker.startswith("axolotl") else "trainer_ext")
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     codes = json.loads(server.stdout.readline())
@@ -80,20 +80,21 @@ def launch(worker: str, folder: Path, world: int, *arguments: str, timeout: int 
     return [e.result for e in ended]
 
 
-_process: subprocess.Popen | None = None
+_servers: dict[str, subprocess.Popen] = {}
 
 
-def _server() -> subprocess.Popen:
-    global _process
-    if _process is None or _process.poll() is not None:
+def _server(imports: str) -> subprocess.Popen:
+    """The process that is forked: Axolotl patches what it imports, so it has one of its own."""
+    server = _servers.get(imports)
+    if server is None or server.poll() is not None:
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         }
-        _process = subprocess.Popen(
-            [sys.executable, __file__],
+        server = _servers[imports] = subprocess.Popen(
+            [sys.executable, __file__, imports],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -101,8 +102,8 @@ def _server() -> subprocess.Popen:
             env=environment,
             cwd=ROOT,  # from where users run the examples
         )
-        atexit.register(_process.kill)
-    return _process
+        atexit.register(server.kill)
+    return server
 
 
 def serve() -> None:
@@ -117,6 +118,9 @@ def serve() -> None:
 
     import trainer_ext  # noqa: F401
 
+    if sys.argv[1] == "axolotl":
+        import axolotl.cli.train
+        import axolotl.train  # noqa: F401
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(_fork(json.loads(line))), file=answers, flush=True)
