@@ -14,6 +14,8 @@ from forked import launch
 
 from trainer_ext.checkpoints import CheckpointMark, what_is_missing
 
+# Axolotl asks an accelerator for its memory, and moves the model to it
+ON_CPU = {"max_memory": {"cpu": "20GiB"}, "experimental_skip_move_to_device": True}
 SEVERAL = [path for path in PATHS if engine_of(path) is not None]
 NAMES = {
     "ddp": "DDP",
@@ -31,8 +33,8 @@ def test_every_engine_has_an_example():
 @pytest.mark.parametrize("path", SEVERAL, ids=lambda path: path.name)
 def test_example_trains_in_two_processes(assets, tmp_path, path):
     engine = engine_of(path)
-    config = {**tiny(read(path), assets), "save_steps": 2, "spft_calibration_batches": 2}
-    del config["save_strategy"]
+    config = {**tiny(read(path), assets), **ON_CPU, "save_strategy": "steps", "save_steps": 2}
+    config |= {"spft_calibration_batches": 2, "dataset_prepared_path": str(tmp_path / "prepared")}
     yaml = write_yaml(config, tmp_path / "out")
     for rank in launch("axolotl_worker.py", tmp_path / "said", 2, engine, str(yaml)):
         assert rank["steps"] == 2

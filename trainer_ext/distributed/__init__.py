@@ -5,6 +5,7 @@ Everything that knows of DeepSpeed or FSDP is in this package; the rest of `trai
 
 from .engines import (
     Engine,
+    keep_one_dtype_whole,
     keeps_client_optimizer,
     note_trained_parameters,
     refuse_unsupported_engine,
@@ -52,6 +53,7 @@ __all__ = [
     "held_parameter",
     "innermost_optimizer",
     "is_sharded",
+    "keep_one_dtype_whole",
     "keeps_client_optimizer",
     "like_stepped",
     "local_shard",
