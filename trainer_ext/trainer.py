@@ -18,6 +18,7 @@ from .class_column import add_class_column, hide_classes
 from .config import SpftConfig
 from .distributed import (
     Engine,
+    keep_one_dtype_whole,
     note_trained_parameters,
     refuse_unsupported_engine,
     release_gathered_weights,
@@ -152,6 +153,7 @@ class SpftCallback(TrainerCallback):
         refuse_unsupported_engine(self.trainer)
         model = bare_model(self.trainer)
         note_trained_parameters(model)
+        keep_one_dtype_whole(self.trainer.model_wrapped)
         adapter_name = active_spft_adapter(model)
         if _calibrates_by_class(model.peft_config[adapter_name]):
             hide_classes(model)  # model_init may have made another model

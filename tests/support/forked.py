@@ -103,6 +103,7 @@ def _server(imports: str) -> subprocess.Popen:
             stderr=subprocess.DEVNULL,
             text=True,
             env=environment,
+            cwd=ROOT,  # from where users run the examples
         )
         atexit.register(server.kill)
     return server

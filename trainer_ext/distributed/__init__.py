@@ -6,6 +6,7 @@ Everything that knows of DeepSpeed or FSDP is in this package; the rest of `trai
 from .engines import (
     Engine,
     keep_from_broadcast,
+    keep_one_dtype_whole,
     keeps_client_optimizer,
     note_trained_parameters,
     refuse_unsupported_engine,
@@ -54,6 +55,7 @@ __all__ = [
     "innermost_optimizer",
     "is_sharded",
     "keep_from_broadcast",
+    "keep_one_dtype_whole",
     "keeps_client_optimizer",
     "like_stepped",
     "local_shard",

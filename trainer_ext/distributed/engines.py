@@ -161,6 +161,26 @@ def note_trained_parameters(model: torch.nn.Module) -> None:
         model._get_fsdp_state()._lazy_init()
 
 
+def keep_one_dtype_whole(engine: object) -> None:
+    """Let ZeRO-3 divide small parameters that are of another dtype than most that it keeps whole.
+
+    It gathers those after each step into one buffer of the first one's dtype, which fails for fp32
+    deltas (or LoRA's factors) of few rows beside a 16-bit base's norms. Must be called before the
+    first forward.
+
+    Args:
+        engine: the trainer's prepared model.
+    """
+    whole = getattr(getattr(engine, "optimizer", None), "persistent_parameters", None)
+    if not whole:
+        return
+    dtypes = [parameter.ds_tensor.dtype for parameter in whole]  # what it holds and gathers
+    kept = max(set(dtypes), key=lambda dtype: (dtypes.count(dtype), str(dtype)))
+    for parameter in whole:
+        parameter.ds_persist = parameter.ds_tensor.dtype == kept
+    whole[:] = [parameter for parameter in whole if parameter.ds_persist]
+
+
 def release_gathered_weights(model: torch.nn.Module, engine: object = None) -> None:
     """Let an engine shard again what passes outside of its own schedule have gathered.
 

@@ -1,0 +1,69 @@
+"""The YAMLs of example_configs/, and what they are at tiny size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import yaml
+from axolotl_runs import Assets
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "example_configs"
+PATHS = sorted(FOLDER.glob("*.yml"))
+SEVERAL_PROCESSES = ("multi-node.yml",)  # and those that name an engine
+
+
+def read(path: Path) -> dict:
+    return yaml.safe_load(path.read_text())
+
+
+def engine_of(path: Path) -> str | None:
+    """The engine, as tests/distributed/run_worker.py calls it; None for one process."""
+    example = read(path)
+    if "deepspeed" in example:
+        zero = json.loads((ROOT / example["deepspeed"]).read_text())["zero_optimization"]
+        return f"zero{zero['stage']}" + ("_offload" if "offload_optimizer" in zero else "")
+    if "fsdp_config" in example:
+        assert example["fsdp_version"] == 2
+        return "fsdp2"
+    return "ddp" if path.name in SEVERAL_PROCESSES else None
+
+
+def tiny(example: dict, assets: Assets) -> dict:
+    """The example on the tiny model, with two steps on two cores; everything else is its own."""
+    config = {
+        **example,
+        "base_model": str(assets.model_bf16 if example.get("bf16") else assets.model),
+        "datasets": [_here(source, assets.train) for source in example["datasets"]],
+        "dataset_prepared_path": None,
+        "sequence_len": 96,
+        "micro_batch_size": 1,
+        "max_steps": 2,
+        "warmup_steps": 1,
+        "dataset_num_proc": 1,
+        "dataloader_num_workers": 0,
+        "save_strategy": "no",
+        "tf32": False,
+        "attn_implementation": "sdpa",
+    }
+    if example.get("bf16"):
+        config["bf16"] = True  # "auto" finds no GPU here
+    else:
+        config |= {"bf16": False, "fp16": False}
+    if example.get("test_datasets"):
+        config["test_datasets"] = [_here(s, assets.held) for s in example["test_datasets"]]
+    if example.get("val_set_size", 0) >= 1:
+        config["val_set_size"] = 4
+    if "lora_r" in example:
+        config["lora_r"] = 4
+    elif "spft_density" not in example:
+        config["spft_r"] = 4
+    if example["adapter"] == "lora":  # its kernels, which Axolotl turns on, need a GPU
+        config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
+    dropped = ("save_steps", "num_epochs", "dataset_prepared_path")
+    return {k: v for k, v in config.items() if k not in dropped}
+
+
+def _here(source: dict, path: Path) -> dict:
+    return {**source, "path": str(path), "ds_type": "json", "split": "train"}
