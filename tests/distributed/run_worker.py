@@ -29,7 +29,7 @@ from trainer_ext.checkpoints import last_complete
 from trainer_ext.distributed import innermost_optimizer
 from trainer_ext.trainer import IMPORTANCE_FILE
 from trainer_ext.trainer_batches import bare_model
-from trainer_ext.tuner.model import deltas, spft_layers
+from trainer_ext.tuner.model import deltas
 
 GLOBAL_BATCH = 12
 
@@ -187,8 +187,9 @@ def main(folder: Path, engine: str, options: Options) -> None:
             "index": {name: delta.index for name, delta in deltas(bare_model(trainer)).items()},
             "losses": [e["loss"] for e in trainer.state.log_history if "loss" in e],
             "steps": look.steps,
-            "written": sum(
-                layer.written is not None for layer in spft_layers(bare_model(trainer)).values()
+            "checkpointed": any(
+                getattr(module, "gradient_checkpointing", False) is True
+                for module in trainer.model.modules()
             ),
         },
         folder / f"rank{rank}.pt",
