@@ -34,7 +34,7 @@ def test_every_engine_has_an_example():
 def test_example_trains_in_two_processes(assets, tmp_path, path):
     engine = engine_of(path)
     config = {**tiny(read(path), assets), **ON_CPU, "save_strategy": "steps", "save_steps": 2}
-    config |= {"spft_calibration_batches": 2, "dataset_prepared_path": str(tmp_path / "prepared")}
+    config |= {"spft_calibration_batches": 2}
     yaml = write_yaml(config, tmp_path / "out")
     for rank in launch("axolotl_worker.py", tmp_path / "said", 2, engine, str(yaml)):
         assert rank["steps"] == 2

@@ -36,7 +36,8 @@ def tiny(example: dict, assets: Assets) -> dict:
         **example,
         "base_model": str(assets.model_bf16 if example.get("bf16") else assets.model),
         "datasets": [_here(source, assets.train) for source in example["datasets"]],
-        "dataset_prepared_path": None,
+        # one for all: saving it starts a process from nothing
+        "dataset_prepared_path": str(assets.model.parent / "prepared"),
         "sequence_len": 96,
         "micro_batch_size": 1,
         "max_steps": 2,
@@ -61,7 +62,7 @@ def tiny(example: dict, assets: Assets) -> dict:
         config["spft_r"] = 4
     if example["adapter"] == "lora":  # its kernels, which Axolotl turns on, need a GPU
         config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
-    dropped = ("save_steps", "num_epochs", "dataset_prepared_path")
+    dropped = ("save_steps", "num_epochs")
     return {k: v for k, v in config.items() if k not in dropped}
 
 
