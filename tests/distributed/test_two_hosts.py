@@ -2,7 +2,8 @@
 
 Invariants: its neurons, losses and adapter are those of one process, under DDP and ZeRO-3. When
 host 1 loses its network, host 0's run ends with a line that names rank 1 and its host; the same
-command, started again on both, ends with the bits of a run that nothing disturbed.
+command, started again on both, ends with the bits of a run that nothing disturbed; and so it does
+where torchrun itself starts the processes again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from tiny_models import tiny_model
 from trainer_ext.checkpoints import what_is_missing
 
 ENGINES = ("ddp", "zero3")
-STEPS, SAVE_STEPS, UNPLUG_AT = 8, 2, 5
+STEPS, SAVE_STEPS, LOST_AT = 8, 2, 5
 
 
 @dataclass
@@ -34,12 +35,13 @@ class Cluster:
         base, out = str(self.folder / "base"), str(self.folder / out)
         return {"base": base, "out": out, "steps": STEPS, "arguments": arguments, **more}
 
-    def start(self, name: str, *jobs: list) -> Path:
+    def start(self, name: str, *jobs: list, max_restarts: int = 0) -> Path:
         """Start these runs on both hosts; they share one file system."""
         folder = self.folder / name
         folder.mkdir()
         for host in self.hosts:
-            host.start("two_hosts_worker.py", str(folder), json.dumps(jobs))
+            arguments = str(folder), json.dumps(jobs)
+            host.start("two_hosts_worker.py", *arguments, max_restarts=max_restarts)
         return folder
 
     def finish(self, folder: Path) -> list[dict]:
@@ -92,7 +94,7 @@ def test_two_hosts_train_as_one_process(cluster, undisturbed, alone, engine):
 @pytest.mark.full
 def test_a_host_that_goes_away_is_named_and_the_next_start_resumes(cluster, undisturbed):
     zero, one = cluster.hosts
-    cluster.start("cut", ["ddp", cluster.options("again"), UNPLUG_AT])
+    cluster.start("cut", ["ddp", cluster.options("again"), f"unplugged {LOST_AT}"])
     assert zero.wait(90) != 0
     one.kill()
     one.cable("up")
@@ -109,4 +111,14 @@ def test_a_host_that_goes_away_is_named_and_the_next_start_resumes(cluster, undi
     )
     assert [rank["ddp"]["steps"] for rank in ranks] == [STEPS - 4] * 2
     whole, again = (adapter_tensors(cluster.folder / name) for name in ("ddp", "again"))
+    assert same_tensors(whole, again)
+
+
+@pytest.mark.full
+def test_torchrun_restarts_a_run_whose_process_dies(cluster, undisturbed):
+    options = cluster.options("restarted", resume="auto")
+    folder = cluster.start("restart", ["ddp", options, f"killed {LOST_AT}"], max_restarts=1)
+    ranks = cluster.finish(folder)
+    assert [rank["ddp"]["steps"] for rank in ranks] == [STEPS - 4] * 2
+    whole, again = (adapter_tensors(cluster.folder / name) for name in ("ddp", "restarted"))
     assert same_tensors(whole, again)

@@ -79,7 +79,7 @@ def test_nodes_meet_at_node_0(monkeypatch, nodes):
     options = ("--machine_rank", "3", "--main_process_ip", "node0")
     args, _ = launched(monkeypatch, f"multi-node-{nodes}x8", *options)
     assert (args.nnodes, args.nproc_per_node, args.node_rank) == (str(nodes), "8", 3)
-    assert (args.rdzv_backend, args.master_addr, args.master_port) == ("static", "node0", "29500")
+    assert (args.rdzv_backend, args.rdzv_endpoint) == ("static", "node0:29500")
 
 
 @pytest.mark.parametrize("name", ENGINES)

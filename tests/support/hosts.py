@@ -64,12 +64,13 @@ class Host:
     def address(self) -> str:
         return f"10.77.0.{self.rank + 1}"
 
-    def start(self, worker: str, *arguments: str) -> None:
+    def start(self, worker: str, *arguments: str, max_restarts: int = 0) -> None:
         """Start torchrun with one process of tests/distributed/<worker>, as on a node of two."""
         enter = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", _AS_HOST]
         enter += [self.name, str(self.log.parent / "hosts")]
         agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
         agent += [f"--node-rank={self.rank}", "--rdzv-id=spft", "--rdzv-backend=c10d"]
+        agent += [f"--max-restarts={max_restarts}"]
         agent += [f"--rdzv-endpoint=host0:{PORT}", str(WORKERS / worker), *arguments]
         environment = {
             **os.environ,
