@@ -204,15 +204,19 @@ def offer_fsdp_on_cpu() -> None:
 
 
 def start(engine: str) -> None:
-    """What DeepSpeed needs on CPU: gloo chosen before accelerate looks, and one fix."""
+    """What DeepSpeed needs on CPU: gloo chosen before accelerate looks, and two fixes."""
     if engine.startswith("fsdp2"):
         offer_fsdp_on_cpu()
     if not engine.startswith("zero"):
         return
     os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate runs plain DDP instead
     import deepspeed
+    import deepspeed.comm.torch as communication
     from deepspeed.runtime.zero import stage_1_and_2
 
+    # An operator for inference: compiled for a minute, and a killed process leaves its lock behind,
+    # on which all later ones wait for ever.
+    communication.build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="gloo")
     gather = stage_1_and_2.all_gather_dp_groups
 
