@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -211,12 +212,11 @@ def start(engine: str) -> None:
         return
     os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate runs plain DDP instead
     import deepspeed
-    import deepspeed.comm.torch as communication
     from deepspeed.runtime.zero import stage_1_and_2
 
     # An operator for inference: compiled for a minute, and a killed process leaves its lock behind,
     # on which all later ones wait for ever.
-    communication.build_shm_op = lambda: None
+    import_module("deepspeed.comm.torch").build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="gloo")
     gather = stage_1_and_2.all_gather_dp_groups
 

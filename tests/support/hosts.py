@@ -17,8 +17,12 @@ from forked import PATHS, WORKERS
 
 CABLE = "spft0"
 PORT = 29400
-# `ip netns exec` gives its command mounts of its own, so nobody else sees this /etc/hosts.
-_AS_HOST = 'hostname "$0" && mount --bind "$1" /etc/hosts && shift && exec "$@"'
+# `ip netns exec` gives its command mounts of its own: nobody else sees these files. No name server
+# can be reached, so none is asked.
+_AS_HOST = (
+    'hostname "$0" && mount --bind "$1" /etc/hosts && mount --bind /dev/null /etc/resolv.conf'
+    ' && shift && exec "$@"'
+)
 
 
 def why_not() -> str | None:
