@@ -42,8 +42,8 @@ def torchrun(done: subprocess.CompletedProcess):
         ["--nodes=1", "--ntasks=1", "--nodelist=node07", "axolotl", "preprocess", "config.yml"]
     )
     words = train.split("\n")[:-1]
-    assert words[:2] == ["--kill-on-bad-exit=1", "torchrun"]
-    return get_args_parser().parse_args(words[2:])
+    assert words[:3] == ["--kill-on-bad-exit=0", "--wait=120", "torchrun"]
+    return get_args_parser().parse_args(words[3:])
 
 
 def test_bash_accepts_it():
