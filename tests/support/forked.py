@@ -156,6 +156,8 @@ def _start(request: dict, rank: int, port: int) -> int:
     if pid:
         return pid
     code = 1
+    # torch renews its thread pool once after a fork; two threads at a time would find none
+    torch.set_num_threads(1)
     try:
         world = request["world"]
         os.environ["ACCELERATE_USE_CPU"] = "true"
