@@ -33,7 +33,7 @@ class Ended:
 
     Attributes:
         code: its exit code; -9 if it was killed.
-        stderr: all that it wrote.
+        stderr: all that it wrote there.
         result: what it saved as rank<k>.pt; None if it did not.
     """
 
@@ -172,7 +172,7 @@ def _start(request: dict, rank: int, port: int) -> int:
             }
         error = os.open(f"{request['folder']}/stderr{rank}", os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
         os.dup2(error, 2)
-        os.dup2(error, 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.argv = [request["worker"], *request["arguments"]]
         runpy.run_path(request["worker"], run_name="__main__")
         code = 0
