@@ -43,8 +43,7 @@ def check_agreement(
         return
     name, *more = differing
     values = [_value(row, name) for _, row in rows]
-    right = _most_common(values)
-    wrong = {rank: rows[rank][0] for rank, value in enumerate(values) if value != right}
+    right, wrong = _dissenters(rows, values)
     there = values[min(wrong)]
     also = f" (and {', '.join(more[:3])})" if more else ""
     raise SpftError(
@@ -72,8 +71,7 @@ def check_same_values(tensors: Mapping[str, torch.Tensor], step: int) -> None:
     dist.all_gather_object(rows, (host, checksums(tensors.values())))
     for position, name in enumerate(tensors):
         values = [row[position] for _, row in rows]
-        right = _most_common(values)
-        wrong = {rank: rows[rank][0] for rank, value in enumerate(values) if value != right}
+        _, wrong = _dissenters(rows, values)
         if wrong:
             raise SpftError(
                 f"{name_ranks(wrong)} {'holds' if len(wrong) == 1 else 'hold'} other values of "
@@ -123,6 +121,10 @@ def _value(row: Mapping[str, Fact], name: str) -> str:
     return str(row[name]) if name in row else "missing"
 
 
-def _most_common(values: list) -> object:
-    """The value that occurs most often; among equals the first, which is rank 0's if it is one."""
-    return Counter(values).most_common(1)[0][0]
+def _dissenters(rows: list, values: list) -> tuple[object, dict[int, str]]:
+    """The value that occurs most often, and rank -> host of those that have another.
+
+    Among equally frequent ones it is the first, which is rank 0's if that is one of them.
+    """
+    right = Counter(values).most_common(1)[0][0]
+    return right, {rank: rows[rank][0] for rank, value in enumerate(values) if value != right}

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -68,13 +68,10 @@ class CheckpointMark:
 def begin_checkpoint(folder: str | os.PathLike, mark: CheckpointMark) -> None:
     """Empty a checkpoint's folder and mark it as incomplete; all processes must come here."""
     if process_rank() == 0:
-        folder = Path(folder)
-        if folder.exists():  # of an interrupted run, maybe under another engine
-            mark.write(folder)  # first: what is half removed must not look complete
-            for path in folder.iterdir():
-                if path.name != MARK_FILE:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        mark.write(folder)
+        mark.write(folder)  # first: what is half removed must not look complete
+        for path in Path(folder).iterdir():  # of an interrupted run, maybe under another engine
+            if path.name != MARK_FILE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
     wait_for_all()
 
 
@@ -89,7 +86,7 @@ def finish_checkpoint(folder: str | os.PathLike, mark: CheckpointMark) -> None:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
             files[path.relative_to(folder).as_posix()] = path.stat().st_size
-    CheckpointMark(**{**asdict(mark), "complete": True, "files": files}).write(folder)
+    replace(mark, complete=True, files=files).write(folder)
 
 
 def what_is_missing(folder: str | os.PathLike) -> str | None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import pytest
-from engine_runs import finish, save_base, start
+from engine_runs import finish, start
 
 # engine, use_reentrant as asked for, whether that is changed
 CASES = [
@@ -17,11 +17,6 @@ CASES = [
     ("fsdp2", True, False),
 ]
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from engine_runs import finish, same_bits, save_base, start
+from engine_runs import finish, same_bits, start
 
 from trainer_ext.checkpoints import what_is_missing
 
@@ -35,11 +35,6 @@ DEATHS = [
     ("fsdp2", 0, "step 4", 5),
     ("fsdp2", 0, "torn 8", 5),  # the trainer's state
 ]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

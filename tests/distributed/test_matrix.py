@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from engine_runs import finish, relative_difference, save_base
+from engine_runs import finish, relative_difference
 from run_worker import scores_of
 
 CORE = [("ddp", 2), ("zero2_offload", 2), ("zero3", 3), ("fsdp2_ram", 2)]
@@ -30,11 +30,6 @@ FULL = [
 CASES = [pytest.param(case, id=f"{case[0]}-{case[1]}") for case in CORE]
 CASES += [pytest.param(case, id=f"{case[0]}-{case[1]}", marks=pytest.mark.full) for case in FULL]
 U = 2.0**-8
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["fp32", "bf16"])

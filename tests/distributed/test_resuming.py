@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_runs import finish, relative_difference, same_bits, save_base, start
+from engine_runs import finish, relative_difference, same_bits, start
 from safetensors.torch import load_file
 
 from trainer_ext.checkpoints import what_is_missing
@@ -31,11 +31,6 @@ SAME = [
     ("fsdp2_ram", 2, True),
 ]
 OTHER = [("none", 1), ("ddp", 2), ("zero1", 2), ("zero3", 3), ("fsdp2", 2)]
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 def undisturbed(engine, world, base, out, **options):

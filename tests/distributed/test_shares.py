@@ -10,16 +10,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from engine_runs import save_base
 from forked import launch
 
 WORLD = 2
 FP32 = 4
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture(scope="module")

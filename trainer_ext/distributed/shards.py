@@ -12,6 +12,12 @@ from ..errors import SpftError
 from .processes import any_process, process_rank, sum_over_processes, world_size
 
 
+def range_of_block(block: int, numel: int, rank: int) -> tuple[int, int]:
+    """Start and stop of a process's block of elements, cut off where there are no more."""
+    start = min(rank * block, numel)
+    return start, min(start + block, numel)
+
+
 @dataclass(frozen=True)
 class ShardLayout:
     """Which elements of a linear layer's weight each process holds.
@@ -76,8 +82,7 @@ class ShardLayout:
 
     def local_range(self, rank: int) -> tuple[int, int]:
         """Start and stop of a process's range in the flattened weight."""
-        start = min(rank * self.block, self.numel)
-        return start, min(start + self.block, self.numel)
+        return range_of_block(self.block, self.numel, rank)
 
     def blocks(self, rank: int, most_rows: int) -> Iterator[Block]:
         """Rectangles of the stored weight that make up a process's range, in order.

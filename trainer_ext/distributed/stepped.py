@@ -14,7 +14,7 @@ from torch import nn
 from ..errors import SpftError
 from .engines import Engine
 from .processes import communication_device, process_rank, world_size
-from .shards import local_tensor
+from .shards import local_tensor, range_of_block
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,7 @@ def _whole(name: str, parameter: nn.Parameter) -> Stepped:
 def _of_fsdp2(name: str, parameter: nn.Parameter) -> Stepped:
     shape = tuple(parameter.shape)
     block = -(-shape[0] // world_size()) * prod(shape[1:])
-    start = min(process_rank() * block, prod(shape))
-    stop = min(start + block, prod(shape))
+    start, stop = range_of_block(block, prod(shape), process_rank())
     assert parameter.to_local().numel() == stop - start
     return Stepped(name, parameter, shape, parameter, 0, start, stop - start)
 
@@ -182,8 +181,8 @@ def _of_fsdp2(name: str, parameter: nn.Parameter) -> Stepped:
 def _zero3_range(numel: int) -> tuple[int, int]:
     """First element and number of elements of this process's slice, without padding."""
     block = -(-numel // world_size())
-    offset = min(process_rank() * block, numel)
-    return offset, min(offset + block, numel) - offset
+    start, stop = range_of_block(block, numel, process_rank())
+    return start, stop - start
 
 
 def _of_zero(optimizer, stage: int) -> Callable[[str, nn.Parameter], Stepped]:
