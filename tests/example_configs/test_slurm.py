@@ -65,6 +65,11 @@ def test_restarts_and_processes_can_be_set(tmp_path):
     assert (args.nproc_per_node, args.max_restarts) == ("4", 3)
 
 
+def test_a_restart_gets_a_store_of_its_own():
+    """Without it torchrun's restarted processes read the addresses of those that are gone."""
+    assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1\n" in SCRIPT.read_text()
+
+
 def test_without_a_configuration_it_says_how_to_be_called(tmp_path):
     done = run(tmp_path)
     assert done.returncode != 0

@@ -82,6 +82,8 @@ class Host:
             "OMP_NUM_THREADS": "1",
             "ACCELERATE_USE_CPU": "true",
             "GLOO_SOCKET_IFNAME": CABLE,
+            # as spft.sbatch: a restart must not meet the addresses of the processes before it
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         }
         with self.log.open("ab") as log:
             self.agent = subprocess.Popen(
