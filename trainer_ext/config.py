@@ -33,6 +33,8 @@ METRICS = (
 AXES = ("rows",)
 FORWARDS = ("auto", "delta", "write_through")
 ALLOCATIONS = ("uniform", "global")
+QUANT_INITS = ("exact", "none")
+ANCHORS = ("none", "checkpoint", "adapter")
 PATTERNS = ("r_pattern", "density_pattern")
 
 
@@ -151,6 +153,27 @@ class SpftConfig(PeftConfig):
             "where a weight is not whole; `auto` does so where it is, else `delta`."
         },
     )
+    quant_init: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the neurons of a 4- or 8-bit base start: `exact` (the default there) from "
+            "the original 16-bit rows, read from the checkpoint; `none` from the quantised ones."
+        },
+    )
+    start_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of an SPFT adapter that training starts from: its neurons are trained "
+            "on, and its values are what `delta` starts from and what switching it off leaves."
+        },
+    )
+    anchor: str | None = field(
+        default=None,
+        metadata={
+            "help": "What the deltas are added to: `none` (the base's own rows), `checkpoint` "
+            "(`quant_init: exact`) or `adapter` (`start_adapter`); filled in, not given."
+        },
+    )
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
@@ -189,6 +212,10 @@ class SpftConfig(PeftConfig):
         check_choice("importance", self.importance, METRICS)
         check_choice("axis", self.axis, AXES)
         check_choice("forward", self.forward, FORWARDS)
+        if self.quant_init is not None:
+            check_choice("quant_init", self.quant_init, QUANT_INITS)
+        if self.anchor is not None:
+            check_choice("anchor", self.anchor, ANCHORS)
         self._check_allocation()
         check_positive_int("calibration_batches", self.calibration_batches)
         check_positive_int("zo_directions", self.zo_directions)

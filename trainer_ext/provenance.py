@@ -54,7 +54,11 @@ def model_fingerprint(model: nn.Module, layers: Mapping[str, nn.Module]) -> str:
         layers: layer name in the base model -> SPFT layer.
     """
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
-    samples = {n: _sampled(w, None) for n, w in weights.items() if w.is_floating_point()}
+    samples = {
+        name: _sampled(weight, None)
+        for name, weight in weights.items()
+        if layers[name].has_dense_weight
+    }
     embeddings = _embedding_weight(model)
     if embeddings is not None:
         samples["input embeddings"] = _sampled(embeddings, _EMBEDDING_ROWS)

@@ -13,7 +13,8 @@ from .distributed import any_nonzero
 from .errors import SpftError
 from .files import read_tensors, write_tensors
 from .scores import check_finite, check_same_layers
-from .tuner.model import is_selected, layer_sizes, spft_layers
+from .tuner.anchors import original_rows
+from .tuner.model import adapter_config, is_selected, layer_sizes, spft_layers
 
 SELECTION_KIND = "spft_selection"
 
@@ -108,17 +109,26 @@ def select_top(scores: dict[str, torch.Tensor], neurons: dict[str, int]) -> Neur
 def apply_selection(
     model: nn.Module, selection: NeuronSelection, adapter_name: str = "default"
 ) -> None:
-    """Fill a selection into the adapter's layers.
+    """Fill a selection into the adapter's layers, and what the neurons start from.
+
+    Copies of the adapter that wait for a selection (the reference that TRL makes) get the same.
 
     Args:
         selection: for exactly the adapter's layers.
 
     Raises:
-        SpftError: layers or shapes differ, or the adapter has been trained (its delta belongs to
-            the neurons that it was trained for). Nothing has been changed then.
+        SpftError: layers or shapes differ, the adapter has been trained (its delta belongs to the
+            neurons that it was trained for) or goes on from another one, or the neurons' original
+            rows cannot be read. Nothing has been changed then.
     """
     selection.check_fits(layer_sizes(model, adapter_name))
     layers = spft_layers(model, adapter_name)
+    config = adapter_config(model, adapter_name)
+    if config.anchor == "adapter":
+        raise SpftError(
+            f"adapter {adapter_name!r} goes on with the neurons of `start_adapter` "
+            f"{config.start_adapter!r}; to select others use a fresh SpftConfig without it"
+        )
     for name, layer in layers.items():
         delta = layer.spft_delta[adapter_name]
         if delta.is_selected and any_nonzero(delta.weight):
@@ -126,8 +136,14 @@ def apply_selection(
                 f"adapter {adapter_name!r} is already trained (layer {name} has a non-zero delta); "
                 "select neurons in a fresh adapter"
             )
+    anchors = {}
+    if config.anchor == "checkpoint":
+        anchors = original_rows(model, layers, selection.index)
     for name, layer in layers.items():
-        layer.spft_delta[adapter_name].select(selection.index[name])
+        for other, delta in layer.spft_delta.items():
+            waits = model.peft_config[other] == config and not delta.is_selected
+            if other == adapter_name or (waits and anchors):
+                delta.select(selection.index[name], anchors.get(name))
 
 
 def current_selection(model: nn.Module, adapter_name: str = "default") -> NeuronSelection:

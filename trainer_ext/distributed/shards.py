@@ -52,16 +52,16 @@ class ShardLayout:
         """
         world = world_size()
         shape = whole_shape(weight)
-        numel = shape[0] * shape[1]
-        kind, block = "replicated", -(-numel // world)
+        if not is_sharded(weight):
+            return cls.replicated(shape[0], shape[1], neurons_are_columns)
         if hasattr(weight, "ds_tensor"):
-            kind = "zero3"
+            kind, block = "zero3", -(-shape[0] * shape[1] // world)
             if dist.get_world_size(weight.ds_process_group) != world:
                 raise SpftError(
                     "the weights are partitioned over a part of the processes (MiCS, hpZ or "
                     "expert groups); use plain ZeRO-3"
                 )
-        elif hasattr(weight, "placements"):
+        else:
             kind, block = "fsdp2", -(-shape[0] // world) * shape[1]
             placements = [str(p) for p in weight.placements]
             if placements != ["S(0)"] or weight.device_mesh.size() != world:
@@ -75,6 +75,13 @@ class ShardLayout:
                     "not work with FSDP2's parameter offload yet, so switch it off"
                 )
         return cls(shape[0], shape[1], neurons_are_columns, world, block, kind)
+
+    @classmethod
+    def replicated(cls, rows: int, columns: int, neurons_are_columns: bool = False) -> ShardLayout:
+        """The layout of a weight that every process has whole."""
+        world = world_size()
+        block = -(-rows * columns // world)
+        return cls(rows, columns, neurons_are_columns, world, block, "replicated")
 
     @property
     def numel(self) -> int:
@@ -159,6 +166,19 @@ def local_shard(weight: torch.Tensor, layout: ShardLayout) -> torch.Tensor:
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether this process holds but a part of a parameter for good (ZeRO-3, FSDP2)."""
     return hasattr(parameter, "ds_tensor") or hasattr(parameter, "placements")
+
+
+def whole_in_forward(module: torch.nn.Module, parameter: torch.nn.Parameter | None):
+    """A parameter of a module's child, to compute with in the module's own forward.
+
+    ZeRO-3 holds it whole in the child's forward only; told once, in this module's as well.
+    """
+    if hasattr(parameter, "ds_tensor") and parameter.numel() == 0:
+        from deepspeed import zero
+
+        zero.register_external_parameter(module, parameter)
+        parameter.all_gather()
+    return parameter
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

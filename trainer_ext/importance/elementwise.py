@@ -49,7 +49,7 @@ def _layer_sums(
     name: str, layer: SpftLinear, terms: Terms, kinds: int, block_elements: int
 ) -> torch.Tensor:
     layout = layer.shard_layout()
-    weight = layer.get_base_layer().weight
+    weight = layer.dense_weight()
     local = local_shard(weight, layout)
     wide = wide_dtype(weight.device)
     sums = torch.zeros(kinds, layer.out_features, dtype=wide, device=weight.device)

@@ -16,6 +16,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from ..tuner.base_layers import quantisation_of
+
 
 class Tap:
     """What a metric wants to know of one layer's passes; one object a layer.
@@ -72,8 +74,12 @@ def tapped(base: nn.Module, tap: Tap):
                 return original(x)
             if not tap.before_bias or base.bias is None:
                 return _Passage.apply(original(x), tap.anchor, x.detach(), tap)
-            # A forward that others have put there (accelerate's device placement) must be called.
-            z = original(x) - base.bias if had_own else _linear_without_bias(base, x)
+            # A forward that others have put there (accelerate's device placement) must be called,
+            # and that of a quantised layer.
+            if had_own or quantisation_of(base):
+                z = original(x) - base.bias
+            else:
+                z = _linear_without_bias(base, x)
             z = _Passage.apply(z, tap.anchor, x.detach(), tap)
             return z + base.bias.to(z.dtype)
 

@@ -18,6 +18,7 @@ from torch import nn
 
 from ..distributed import mean_over_processes
 from ..stability import rank_correlation
+from ..tuner.base_layers import quantisation_of
 from .base import ImportanceMetric
 from .elementwise import sum_over_inputs
 from .noise import CHUNK_ELEMENTS, chunk_rows, weight_noise
@@ -81,19 +82,20 @@ class ZoTaylor(ImportanceMetric):
                     return original(x)
                 self._reached[name] += 1
                 batch, direction, eps = self._perturbation
-                weight = base.weight.detach()
                 # A forward that others have put there (accelerate's device placement) must be
-                # called, so there the perturbation's own output is added.
-                moved = torch.zeros_like(weight) if had_own else torch.empty_like(weight)
-                step = chunk_rows(weight.shape[1])
-                for chunk in range(math.ceil(weight.shape[0] / step)):
+                # called, and a quantised layer's, so there the perturbation's own output is added.
+                apart = had_own or quantisation_of(base) is not None
+                shape = self._shapes[name]
+                weight = x.new_zeros(shape) if apart else base.weight.detach()
+                moved = torch.empty_like(weight)
+                step = chunk_rows(shape[1])
+                for chunk in range(math.ceil(shape[0] / step)):
                     rows = slice(chunk * step, (chunk + 1) * step)
                     noise = self.noise(batch, direction, name, chunk).to(weight.device)
-                    start = moved[rows] if had_own else weight[rows]
                     # one kernel: sums in the wider dtype of the two, rounded to the weight's
-                    torch.add(start, noise, alpha=eps, out=moved[rows])
+                    torch.add(weight[rows], noise, alpha=eps, out=moved[rows])
                 linear_weight = as_linear_weight(base, moved)
-                if had_own:
+                if apart:
                     return original(x) + nn.functional.linear(x, linear_weight)
                 return nn.functional.linear(x, linear_weight, base.bias)
 

@@ -50,6 +50,35 @@ def track_selected_outputs(
     return _TrackSelectedOutputs.apply(_no_view(y), x, delta, index)
 
 
+def replace_selected_outputs(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    anchor: torch.Tensor,
+    index: torch.Tensor,
+    bias: torch.Tensor | None,
+    selected: torch.Tensor,
+) -> torch.Tensor:
+    """Replace the selected neurons' outputs, in place, by x (anchor + delta)ᵀ + bias[index].
+
+    Args:
+        y: output of the base layer (B..., O). Overwritten and returned; its gradient is zero where
+            it was replaced.
+        x, delta, index: as in `add_selected_outputs`.
+        anchor: (R, I), without gradient.
+        bias: (O,) of the layer, or None.
+        selected: bool (), looked at by compiled graphs, which may be older than the selection.
+
+    anchor + delta is summed in the wider dtype of the two and rounded to y's, as for a merge.
+    """
+    bias = None if bias is None else bias.detach().index_select(0, index)
+    if torch.compiler.is_compiling():
+        outputs = _outputs_of(x, anchor + delta, bias, y.dtype)
+        outputs = torch.where(selected, outputs, y.index_select(-1, index))
+        return y.index_copy(-1, index, outputs)
+    return _ReplaceSelectedOutputs.apply(_no_view(y), x, delta, anchor, index, bias)
+
+
 def overwrite_selected_outputs(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -65,7 +94,13 @@ def overwrite_selected_outputs(
         bias: (O,) of the layer, or None.
     """
     bias = None if bias is None else bias.index_select(0, index)
-    return y.index_copy_(-1, index, torch.nn.functional.linear(x, rows, bias).to(y.dtype))
+    return y.index_copy_(-1, index, _outputs_of(x, rows, bias, y.dtype))
+
+
+def _outputs_of(x, rows, bias, dtype: torch.dtype) -> torch.Tensor:
+    """Outputs (B..., R) of a linear layer with the weights `rows`, computed in `dtype`."""
+    bias = None if bias is None else bias.to(dtype)
+    return torch.nn.functional.linear(x.to(dtype), rows.to(dtype), bias)
 
 
 def _no_view(y: torch.Tensor) -> torch.Tensor:
@@ -108,6 +143,31 @@ def _selected_gradients(grad_BO, index_R) -> torch.Tensor:
 
 def _grad_delta(grad_RT, x_BI, dtype) -> torch.Tensor:
     return (grad_RT @ x_BI.reshape(-1, x_BI.shape[-1]).to(grad_RT.dtype)).to(dtype)
+
+
+class _ReplaceSelectedOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y_BO, x_BI, delta_RI, anchor_RI, index_R, bias_R):
+        rows_RI = anchor_RI + delta_RI
+        y_BO.index_copy_(-1, index_R, _outputs_of(x_BI, rows_RI, bias_R, y_BO.dtype))
+        ctx.mark_dirty(y_BO)
+        ctx.save_for_backward(x_BI, delta_RI, anchor_RI, index_R)
+        return y_BO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BO):
+        x_BI, delta_RI, anchor_RI, index_R = ctx.saved_tensors
+        grad_y = grad_x = grad_delta = None
+        grad_RT = _selected_gradients(grad_BO, index_R)
+        if ctx.needs_input_grad[0]:
+            grad_y = grad_BO.index_fill(-1, index_R, 0)
+        if ctx.needs_input_grad[1]:
+            grad_TI = grad_RT.t() @ (anchor_RI + delta_RI).to(grad_RT.dtype)
+            grad_x = grad_TI.view(x_BI.shape).to(x_BI.dtype)
+        if ctx.needs_input_grad[2]:
+            grad_delta = _grad_delta(grad_RT, x_BI, delta_RI.dtype)
+        return grad_y, grad_x, grad_delta, None, None, None
 
 
 class _TrackSelectedOutputs(torch.autograd.Function):

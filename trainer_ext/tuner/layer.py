@@ -7,14 +7,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import ShardLayout, read_neurons, write_neurons
+from ..distributed import ShardLayout, read_neurons, whole_in_forward, write_neurons
 from ..errors import SpftError
-from .functional import (
-    add_selected_outputs,
-    overwrite_selected_outputs,
-    track_selected_outputs,
+from .base_layers import (
+    dense_weight,
+    layout_of,
+    linear_shape,
+    prepare_quantised,
+    quantisation_of,
 )
-from .trained import mark_trained
+from .delta import NeuronDelta
+from .functional import overwrite_selected_outputs, track_selected_outputs
 from .written_rows import (
     WrittenRows,
     follow_steps,
@@ -26,83 +29,12 @@ from .written_rows import (
 )
 
 
-class NeuronDelta(nn.Module):
-    """Trainable update of the selected neurons of one layer, for one adapter.
-
-    Attributes:
-        weight: (r, d_in), what is added to the selected rows; zero at the start.
-        index: int64 (r,), the selected rows, ascending. Valid but meaningless until selected.
-        selected: bool (), whether the index has been chosen. It is saved with the adapter.
-    """
-
-    SAVED_BUFFERS = ("index", "selected")
-
-    def __init__(self, r: int, d_in: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(r, d_in))
-        mark_trained(self.weight)
-        self.register_buffer("index", torch.arange(r, dtype=torch.int64))
-        self.register_buffer("selected", torch.tensor(False))
-        self._read_selected: tuple[torch.Tensor | None, int, bool] = (None, -1, False)
-
-    @property
-    def held_weight(self) -> nn.Parameter:
-        """`weight` as this process holds it, to look at, not to compute with.
-
-        In a forward, ZeRO-3 gathers what is asked for as an attribute.
-        """
-        return self._parameters.get("weight")
-
-    @property
-    def is_selected(self) -> bool:
-        """`selected` as a Python bool, read from the device only when the buffer has changed.
-
-        Every loader fills buffers in its own way, so the buffer itself is what counts.
-        """
-        buffer, version, value = self._read_selected
-        if buffer is not self.selected or version != self.selected._version:
-            value = bool(self.selected)
-            self._read_selected = (self.selected, self.selected._version, value)
-        return value
-
-    def _apply(self, fn, recurse: bool = True):
-        # A base without values, which FSDP's loading by one process makes, is no reason to forget
-        # which neurons are selected.
-        buffers = {name: getattr(self, name) for name in self.SAVED_BUFFERS}
-        super()._apply(fn, recurse)
-        for name, buffer in buffers.items():
-            if getattr(self, name).is_meta:
-                setattr(self, name, buffer)
-        return self
-
-    def forward(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Add the update's outputs to the base layer's output y, in place; x is its input.
-
-        A module's own forward, so that engines that shard `weight` gather it for this call.
-        """
-        return add_selected_outputs(y, x, self.weight, self.index)
-
-    def select(self, index: torch.Tensor) -> None:
-        """Fill in which neurons the rows of `weight` belong to.
-
-        Raises:
-            SpftError: the number of neurons differs from r, or they are not ascending and distinct.
-        """
-        if index.shape != self.index.shape:
-            raise SpftError(
-                f"a selection of {tuple(index.shape)} neurons does not fit an adapter with "
-                f"r = {self.index.numel()}; select with the adapter's own r"
-            )
-        if bool((index.diff() <= 0).any()) or bool((index < 0).any()):
-            raise SpftError("a selection must hold distinct neurons in ascending order")
-        self.index.copy_(index)
-        self.selected.fill_(True)
-
-
 class SpftLinear(nn.Module, BaseTunerLayer):
     """Wraps `nn.Linear` or transformers' `Conv1D` (d_in -> d_out): W' = W + scatter(delta, index).
 
-    The base weight and bias stay frozen. Several adapters may be active at once; their updates add.
+    The base weight and bias stay frozen; the weight may be quantised by bitsandbytes. Several
+    adapters may be active at once; their updates add. An adapter with an anchor puts its neurons'
+    anchor in W's place, also where adapters are disabled: they go back to where training started.
 
     Where one adapter trains and the base weight is whole, the selected rows of the weight itself
     hold W0 + delta (write-through): the forward is the plain layer's. With any other set of active
@@ -121,6 +53,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = linear_shape(self.get_base_layer(), name)
         self.is_conv1d = isinstance(self.get_base_layer(), Conv1D)
+        prepare_quantised(self.get_base_layer(), name)
         self.spft_delta = nn.ModuleDict()
         self.merged_adapters: list[str] = []
         self._rows_before_merge: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -140,14 +73,23 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         An adapter with the very configuration of one that is here takes over its selection: TRL
         makes its reference copy this way, and copies parameters but no buffers.
         """
-        delta = NeuronDelta(config.neurons_of(name, self.out_features), self.in_features)
-        twin = next((n for n, c in self._configs.items() if c == config), None)
-        if twin is not None and self.spft_delta[twin].is_selected:
-            delta.select(self.spft_delta[twin].index.cpu())
+        delta = NeuronDelta(
+            config.neurons_of(name, self.out_features), self.in_features, self._anchor_dtype(config)
+        )
+        twin = next((self.spft_delta[n] for n, c in self._configs.items() if c == config), None)
+        if twin is not None and twin.is_selected:
+            delta.select(twin.index.cpu(), twin.anchor)
         self.spft_delta[adapter_name] = delta
         self._configs[adapter_name] = config
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _anchor_dtype(self, config) -> torch.dtype | None:
+        """Of an anchor that is yet to be filled in; None where the adapter has none."""
+        if config.anchor in (None, "none"):
+            return None
+        base = self.get_base_layer()
+        return torch.bfloat16 if quantisation_of(base) else base.weight.dtype
 
     def delete_adapter(self, adapter_name: str) -> None:
         if self.written is not None and self.written.adapter == adapter_name:
@@ -156,13 +98,13 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         self._configs.pop(adapter_name, None)
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        active = [name for name in self.active_adapters if name in self.spft_delta]
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self._base_output(x, *args, **kwargs)
+            return self._start_output(active, x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        active = [name for name in self.active_adapters if name in self.spft_delta]
         if len(active) == 1 and self._holds_update(active[0]):
             y = self.base_layer(x, *args, **kwargs)
             delta = self.spft_delta[active[0]]
@@ -170,12 +112,13 @@ class SpftLinear(nn.Module, BaseTunerLayer):
                 y = track_selected_outputs(y, x, delta.weight, delta.index)
             return y
         y = self._base_output(x, *args, **kwargs)
-        for adapter_name in active:
+        anchored = self._anchored(active)
+        for adapter_name in sorted(active, key=lambda name: name != anchored):
             delta = self.spft_delta[adapter_name]
             # A compiled graph must not depend on the flag: it may be filled in after compiling.
             # Adding an unselected adapter's zeros gives the same.
             if torch.compiler.is_compiling() or delta.is_selected:
-                y = delta(y, x)
+                y = delta(y, x, self._bias() if adapter_name == anchored else None)
             elif self._trains(delta):
                 raise SpftError(
                     f"SPFT adapter {adapter_name!r} is being trained before its neurons are "
@@ -193,6 +136,19 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             and not self.calibrating
         )
 
+    def _anchored(self, active: list[str]) -> str | None:
+        """The active adapter that has an anchor, if one does."""
+        anchored = [name for name in active if self.spft_delta[name].anchor is not None]
+        if len(anchored) > 1:
+            raise SpftError(
+                f"the adapters {', '.join(map(repr, anchored))} are active together, but each "
+                "starts its neurons from values of its own; activate one of them"
+            )
+        return anchored[0] if anchored else None
+
+    def _bias(self) -> torch.Tensor | None:
+        return whole_in_forward(self, self.get_base_layer().bias)
+
     def _base_output(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         """The base layer's output by W0, whatever is written in its weight."""
         y = self.base_layer(x, *args, **kwargs)
@@ -200,6 +156,17 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             return y
         bias = self.get_base_layer().bias
         return overwrite_selected_outputs(y, x, self.written.rows, self.written.index, bias)
+
+    def _start_output(self, active: list[str], x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """The output before any update: the base layer's, or where the active adapter started."""
+        anchored = self._anchored(active)
+        if anchored is None:
+            return self._base_output(x, *args, **kwargs)
+        if self.written is not None and self.written.adapter == anchored:
+            y = self.base_layer(x, *args, **kwargs)  # the same rows' outputs are replaced
+        else:
+            y = self._base_output(x, *args, **kwargs)
+        return self.spft_delta[anchored].start(y, x, self._bias())
 
     def _holds_update(self, adapter_name: str) -> bool:
         """Whether the base weight holds W0 + the adapter's delta; sees to it where that is due."""
@@ -285,8 +252,16 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         The rows' old values are kept, so that `unmerge` restores them bit for bit.
 
         Raises:
-            SpftError: with `safe_merge`, a merged row is not finite; the weight is left as it was.
+            SpftError: with `safe_merge`, a merged row is not finite, the weight is left as it was;
+                or the weight is quantised.
         """
+        kind = quantisation_of(self.get_base_layer())
+        if kind is not None:
+            raise SpftError(
+                f"the base weights are in {kind[0]} bits, to which merging would round the trained "
+                "neurons again; merge into the original checkpoint: spft merge ADAPTER -o FOLDER, "
+                "or trainer_ext.merge_checkpoint"
+            )
         self.restore()
         for name in check_adapters_to_merge(self, adapter_names) or []:
             if name not in self.spft_delta:
@@ -295,7 +270,8 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             old_rows = self.rows(delta.index).clone()
             new_rows = old_rows
             if delta.is_selected:
-                new_rows = (delta.weight.detach() + old_rows).to(old_rows.dtype)
+                start = old_rows if delta.anchor is None else delta.anchor
+                new_rows = (delta.weight.detach() + start).to(old_rows.dtype)
             if safe_merge and not torch.isfinite(new_rows).all():
                 raise SpftError(
                     f"adapter {name!r} has non-finite values and was not merged; "
@@ -312,15 +288,25 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             self._write_rows(*self._rows_before_merge.pop(self.merged_adapters.pop()))
 
     def shard_layout(self) -> ShardLayout:
-        """Which elements of the base weight each process holds."""
-        return ShardLayout.of(self.get_base_layer().weight, self.is_conv1d)
+        """Which elements of the dense base weight each process holds."""
+        return layout_of(self.get_base_layer())
+
+    @property
+    def has_dense_weight(self) -> bool:
+        """Whether the base weight is stored as it is computed with."""
+        return quantisation_of(self.get_base_layer()) is None
+
+    def dense_weight(self) -> torch.Tensor:
+        """The base weight as stored; a quantised one dequantised, (d_out, d_in)."""
+        return dense_weight(self.get_base_layer(), self._name)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The base weight of the neurons `index`, (len(index), d_in), in the base dtype.
 
-        Under an engine that shards the weight, all processes must ask for the same.
+        Of a quantised weight, what it is dequantised to. Under an engine that shards the weight,
+        all processes must ask for the same.
         """
-        rows = read_neurons(self.get_base_layer().weight, self.shard_layout(), index)
+        rows = read_neurons(self.dense_weight(), self.shard_layout(), index)
         if self.written is not None:
             kept, index = self.written.index, index.to(self.written.index.device)
             place = torch.searchsorted(kept, index).clamp(max=kept.numel() - 1)
@@ -335,11 +321,14 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         return True
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """The adapter's update as a dense tensor of the base weight's shape."""
+        """What the adapter adds to the base weight, as a dense tensor of that weight's shape."""
         delta = self.spft_delta[adapter_name]
         dense = delta.weight.new_zeros(self.out_features, self.in_features)
         if delta.is_selected:
-            dense.index_copy_(0, delta.index, delta.weight.detach())
+            change = delta.weight.detach()
+            if delta.anchor is not None:
+                change = change + (delta.anchor - self.rows(delta.index))
+            dense.index_copy_(0, delta.index, change.to(dense.dtype))
         return dense.t() if self.is_conv1d else dense
 
     def __repr__(self) -> str:
@@ -360,34 +349,3 @@ def _settle_loaded(layer: SpftLinear, incompatible_keys) -> None:
             layer._write_rows(index, rows)
     if written is not None and layer.write_through(written.adapter):
         rewrite([layer])
-
-
-def is_linear(layer: nn.Module) -> bool:
-    """Whether SPFT can train neurons of the layer."""
-    return isinstance(layer, (nn.Linear, Conv1D))
-
-
-_SUPPORTED_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def linear_shape(layer: nn.Module, name: str) -> tuple[int, int]:
-    """(d_in, d_out) of a supported linear layer.
-
-    Raises:
-        SpftError: the layer is of another kind, or its weight is quantised.
-    """
-    if is_linear(layer):
-        if layer.weight.dtype not in _SUPPORTED_DTYPES:
-            raise SpftError(
-                f"layer {name} is a {type(layer).__name__} with weights in "
-                f"{str(layer.weight.dtype).removeprefix('torch.')}; quantised bases are not "
-                "supported yet, so load the model in bf16, fp16 or fp32"
-            )
-        if isinstance(layer, Conv1D):
-            return layer.nx, layer.nf
-        return layer.in_features, layer.out_features
-    raise SpftError(
-        f"`target_modules` matches {name}, a {type(layer).__name__}; SPFT trains neurons of "
-        "nn.Linear and transformers' Conv1D, so narrow `target_modules` or list it in "
-        "`exclude_modules`"
-    )

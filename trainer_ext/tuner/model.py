@@ -10,13 +10,17 @@ from torch import nn
 
 from ..errors import SpftError
 from ..peft_type import add_peft_type
+from .anchors import prepare_anchors, settle_anchor, take_over_start
+from .base_layers import is_linear
 from .budgets import settle_budgets
-from .layer import NeuronDelta, SpftLinear, is_linear
+from .delta import NeuronDelta
+from .layer import SpftLinear
 from .targets import (
     default_target_modules,
     name_in_base_model,
     refuse_no_target,
     refuse_tied_target,
+    targeted_layers,
     warn_of_untrained,
 )
 from .written_rows import note_lone_weights, rewrite
@@ -37,23 +41,30 @@ class SpftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config, model_config):
+        take_over_start(peft_config)
         if peft_config.target_modules in (None, "all-linear"):
             peft_config.target_modules = default_target_modules(self.model, peft_config)
         refuse_no_target(self.model, peft_config)
         warn_of_untrained(self.model, peft_config)
+        settle_anchor(peft_config, targeted_layers(self.model, peft_config).values())
         settle_budgets(self.model, peft_config)
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
         config = self.peft_config[adapter_name]
+        is_fresh = config.anchor is None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT condenses long lists into a set, which JSON cannot hold.
         if isinstance(config.target_modules, set):
             config.target_modules = sorted(config.target_modules)
         # refuses a pattern that matched no linear layer
         layers = spft_layers(model, adapter_name)
         note_lone_weights(model, layers.values())
-        if all(layer.spft_delta[adapter_name].is_selected for layer in layers.values()):
+        if is_fresh:
+            prepare_anchors(model, config, layers, adapter_name)
+        if config.anchor != "adapter" and all(
+            layer.spft_delta[adapter_name].is_selected for layer in layers.values()
+        ):
             logger.warning(
                 "adapter %r has the configuration of another adapter and starts with its neurons; "
                 "give it a configuration of its own to select anew",
@@ -186,12 +197,12 @@ def restore_base(model: nn.Module) -> None:
 
 
 def selection_buffers(model: nn.Module) -> list[str]:
-    """Names of the buffers that say which neurons are selected, of all adapters."""
+    """Names of the buffers that say which neurons are selected and start where, of all adapters."""
     return [
         f"{name}.{buffer}"
         for name, module in model.named_modules()
         if isinstance(module, NeuronDelta)
-        for buffer in NeuronDelta.SAVED_BUFFERS
+        for buffer in module.saved_buffers
     ]
 
 
@@ -200,12 +211,12 @@ def buffers_out_of_state_dict(model: nn.Module):
     """Meanwhile `state_dict` leaves out which neurons are selected; buffers stay as they are."""
     modules = [module for module in model.modules() if isinstance(module, NeuronDelta)]
     for module in modules:
-        module._non_persistent_buffers_set.update(NeuronDelta.SAVED_BUFFERS)
+        module._non_persistent_buffers_set.update(module.saved_buffers)
     try:
         yield
     finally:
         for module in modules:
-            module._non_persistent_buffers_set.difference_update(NeuronDelta.SAVED_BUFFERS)
+            module._non_persistent_buffers_set.difference_update(module.saved_buffers)
 
 
 def is_selected(model: nn.Module, adapter_name: str = "default") -> bool:

@@ -10,7 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from ..errors import SpftError
-from .layer import SpftLinear, is_linear, linear_shape
+from .base_layers import is_linear, linear_shape
+from .layer import SpftLinear
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +89,20 @@ def targeted_shapes(model: nn.Module, config) -> dict[str, tuple[int, int]]:
         config: an SpftConfig whose `target_modules` are not None.
 
     Raises:
-        SpftError: a targeted layer is quantised.
+        SpftError: a targeted layer is quantised by something else than bitsandbytes.
     """
-    shapes = {}
+    return {
+        name: linear_shape(layer, name) for name, layer in targeted_layers(model, config).items()
+    }
+
+
+def targeted_layers(model: nn.Module, config) -> dict[str, nn.Module]:
+    """The linear layers that the configuration targets, without SPFT layers around them.
+
+    Args:
+        config: an SpftConfig whose `target_modules` are not None.
+    """
+    layers = {}
     inside: tuple[str, ...] = ()  # names in layers of another adapter, which are no targets
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
@@ -99,9 +111,8 @@ def targeted_shapes(model: nn.Module, config) -> dict[str, tuple[int, int]]:
             inside = (*inside, f"{name}.")
         layer = module.get_base_layer() if isinstance(module, SpftLinear) else module
         if is_linear(layer) and check_target_module_exists(config, name):
-            base_name = name_in_base_model(name)
-            shapes[base_name] = linear_shape(layer, base_name)
-    return shapes
+            layers[name_in_base_model(name)] = layer
+    return layers
 
 
 def warn_of_untrained(model: nn.Module, config) -> None:

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..distributed import ShardLayout, is_sharded, write_neurons
+from .base_layers import quantisation_of
 
 _ALONE, _STEPPED = "_spft_alone", "_spft_stepped"
 # Elements of deltas that are added to their rows in one operation: kernels are costly to start on a
@@ -68,7 +69,8 @@ def note_lone_weights(model: nn.Module, layers: Iterable) -> None:
     for layer in layers:
         weight = layer.get_base_layer().weight
         is_head = head is not None and head in (layer, layer.get_base_layer())
-        setattr(weight, _ALONE, holders.get(id(weight)) == 1 and not is_head)
+        is_dense = quantisation_of(layer.get_base_layer()) is None
+        setattr(weight, _ALONE, is_dense and holders.get(id(weight)) == 1 and not is_head)
 
 
 def is_whole(weight: torch.Tensor) -> bool:
@@ -91,13 +93,16 @@ def is_stepped(weight: torch.Tensor) -> bool:
 
 @torch.no_grad()
 def rewrite(layers: Iterable) -> None:
-    """Write round(W0 + delta) into the written rows of SPFT layers, the sum in the wider dtype."""
+    """Write round(W0 + delta) into the written rows of SPFT layers, the sum in the wider dtype.
+
+    Where the adapter has an anchor, that stands in W0's place.
+    """
     for bucket in _buckets(layers):
         for _, written, _ in bucket:
             written.seen = None
         sums = torch._foreach_add(
             [delta.weight.detach() for _, _, delta in bucket],
-            [written.rows for _, written, _ in bucket],
+            [written.rows if d.anchor is None else d.anchor for _, written, d in bucket],
         )
         for (layer, written, delta), rows in zip(bucket, sums, strict=True):
             _put(layer, written.index, rows)
