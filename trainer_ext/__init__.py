@@ -7,6 +7,7 @@ safetensors only.
 from .calibration import measure_importance, select_by_scores, select_neurons
 from .config import SpftConfig
 from .errors import SpftError
+from .merging import merge_checkpoint
 from .optim import SelectedNeuronAdamW
 from .scores import ImportanceScores
 from .selection import NeuronSelection, apply_selection, current_selection
@@ -32,6 +33,7 @@ __all__ = [
     "apply_selection",
     "current_selection",
     "measure_importance",
+    "merge_checkpoint",
     "restore_base",
     "select_by_scores",
     "select_neurons",

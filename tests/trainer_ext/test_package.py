@@ -15,7 +15,15 @@ OPTIONAL = ("axolotl", "deepspeed", "trl", "bitsandbytes", "datasets")
 # Lower layers first: a module may import from its own layer and from those before it.
 LAYERS = [
     {"errors", "peft_type", "files", "distributed", "stability", "class_column", "base_checkpoint"},
-    {"config_checks", "scores", "provenance", "calibration_mode", "agreement", "verdict"},
+    {
+        "config_checks",
+        "scores",
+        "provenance",
+        "calibration_mode",
+        "merging",
+        "agreement",
+        "verdict",
+    },
     {"config", "allocation"},
     {"tuner"},
     {"importance", "optim", "selection"},
