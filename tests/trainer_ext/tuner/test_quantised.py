@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapters import fill_deltas
 from peft import PeftModel, get_peft_model
 from quantised import BITS, dense, quantised, save_base
 from safetensors.torch import load_file
@@ -46,14 +47,6 @@ def selected(folder, bits, dtype=torch.float32, **config):
     return model
 
 
-def fill(model, scale=0.1):
-    """Deltas that are not zero."""
-    torch.manual_seed(1)
-    for layer in spft_layers(model).values():
-        delta = layer.spft_delta["default"]
-        delta.weight.data = torch.randn_like(delta.weight) * scale
-
-
 def original(folder) -> dict[str, tuple[torch.Tensor, torch.Tensor | None]]:
     """Layer name -> its weight in the checkpoint (d_out, d_in) and bias."""
     found = {}
@@ -85,7 +78,7 @@ def test_step_0_has_the_original_rows_bit_for_bit(base, bits, dtype):
 
 def test_outputs_and_gradients_are_those_of_the_rows_put_into_the_weight(base, bits):
     model = selected(base, bits).train()
-    fill(model)
+    fill_deltas(model)
     for layer in spft_layers(model).values():
         delta = layer.spft_delta["default"]
         weight = dense_weight(layer.get_base_layer()).float()
@@ -111,7 +104,7 @@ def test_adapter_off_goes_back_to_the_start_with_the_adapter_on_around_it(base, 
     model = selected(base, bits).train()
     tokens = batch()
     before = model(**tokens).logits.detach()
-    fill(model)
+    fill_deltas(model)
     loss = model(**tokens).loss
     with torch.no_grad(), model.disable_adapter():
         assert torch.equal(model(**tokens).logits, before)
@@ -171,7 +164,7 @@ def test_evaluating_does_not_change_the_weights_that_training_goes_on_with(llama
 
 def test_saved_and_loaded_it_is_the_same_bit_for_bit(base, bits, tmp_path):
     model = selected(base, bits).train()
-    fill(model)
+    fill_deltas(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(quantised(base, bits), tmp_path).train()
     assert torch.equal(loaded(**batch()).logits, model(**batch()).logits)
@@ -183,7 +176,7 @@ def test_saved_and_loaded_it_is_the_same_bit_for_bit(base, bits, tmp_path):
 
 def test_merged_it_is_the_original_checkpoint_plus_delta(base, bits, tmp_path):
     model = selected(base, bits)
-    fill(model)
+    fill_deltas(model)
     model.save_pretrained(tmp_path / "adapter")
     merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
     merged = load_file(tmp_path / "merged" / "model.safetensors")
