@@ -8,13 +8,12 @@ weights: the rows that were not trained lose their quantisation error.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 from peft import PeftConfig
@@ -26,16 +25,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 from .base_checkpoint import BaseCheckpoint
 from .errors import SpftError
 from .peft_type import add_peft_type
+from .stored_tensor import StoredTensor
 
 _PREFIX, _DELTA = "base_model.model.", ".spft_delta."
-# numpy has no bf16: its elements are moved as bits
-_NUMPY = {"F64": "<f8", "F32": "<f4", "F16": "<u2", "BF16": "<u2"}
-_TORCH = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
 
 
 def merge_checkpoint(
@@ -64,17 +56,15 @@ def merge_checkpoint(
     config, layers, whole = _read_adapter(str(adapter))
     source = str(base or config.base_model_name_or_path or "")
     checkpoint = BaseCheckpoint.find(source, None if base else config.revision)
-    names = {layer: checkpoint.weight_name(layer) for layer in layers}
-    names |= {module: _whole_name(checkpoint, module) for module in whole}
+    merged = {checkpoint.weight(layer): tensors for layer, tensors in layers.items()}
+    replaced = {checkpoint.tensor(name): tensor for name, tensor in whole.items()}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         _copy(checkpoint, Path(folder) / "model")
-        for layer, tensors in layers.items():
-            file = Path(folder) / "model" / checkpoint.files[names[layer]].name
-            _merge_rows(file, names[layer], layer, tensors)
-        for module, tensor in whole.items():
-            file = Path(folder) / "model" / checkpoint.files[names[module]].name
-            _replace(file, names[module], tensor)
+        for stored, tensors in merged.items():
+            _merge_rows(_in(Path(folder) / "model", stored), tensors)
+        for stored, tensor in replaced.items():
+            _replace(_in(Path(folder) / "model", stored), tensor)
         if output.exists():
             output.rmdir()
         os.replace(Path(folder) / "model", output)
@@ -112,19 +102,10 @@ def _read_adapter(folder: str) -> tuple[PeftConfig, dict, dict]:
     return config, layers, whole
 
 
-def _whole_name(checkpoint: BaseCheckpoint, module: str) -> str:
-    layer, _, kind = module.rpartition(".")
-    if kind == "weight":
-        return checkpoint.weight_name(layer)
-    if module in checkpoint.files:
-        return module
-    raise SpftError(f"the checkpoint {checkpoint.source!r} has no tensor {module}")
-
-
 def _copy(checkpoint: BaseCheckpoint, folder: Path) -> None:
     """Copy the checkpoint's safetensors files and whatever small files stand beside them."""
     folder.mkdir()
-    used = set(checkpoint.files.values())
+    used = {stored.path for stored in checkpoint.tensors.values()}
     beside = {path for file in used for path in file.parent.iterdir() if path.is_file()}
     for path in sorted(used | {p for p in beside if not _is_other_weights(p)}):
         shutil.copyfile(path, folder / path.name)
@@ -137,72 +118,50 @@ def _is_other_weights(path: Path) -> bool:
     )
 
 
-def _merge_rows(file: Path, name: str, layer: str, tensors: dict[str, torch.Tensor]) -> None:
+def _in(folder: Path, stored: StoredTensor) -> StoredTensor:
+    """The same tensor in the file's copy."""
+    return replace(stored, path=folder / stored.path.name)
+
+
+def _merge_rows(stored: StoredTensor, tensors: dict[str, torch.Tensor]) -> None:
     index, delta, anchor = tensors["index"], tensors["weight"], tensors.get("anchor")
-    stored, dtype = _mapped(file, name)
-    d_in = delta.shape[1]
-    fits = [stored.ndim == 2 and stored.shape[1 - d] == d_in for d in (0, 1)]
-    columns = fits[1] and (not fits[0] or _is_conv1d(file.parent, layer))
-    rows_of = stored.T if columns else stored
-    if not any(fits) or int(index.max()) >= len(rows_of):
+    d_in, shape = delta.shape[1], stored.shape
+    fits = [len(shape) == 2 and shape[1 - neurons] == d_in for neurons in (0, 1)]
+    columns = fits[1] and (not fits[0] or _is_conv1d(stored))
+    if not any(fits) or int(index.max()) >= shape[int(columns)]:
         raise SpftError(
-            f"{name} in the checkpoint has the shape {stored.shape}, which does not fit the "
+            f"{stored.name} in the checkpoint has the shape {shape}, which does not fit the "
             f"adapter's neurons with {d_in} inputs; give the checkpoint that it was trained on"
         )
-    if anchor is None:
-        anchor = _to_torch(rows_of[index.numpy()], dtype)
-    rows = (anchor + delta).to(dtype)
+    start = stored.read(index, columns) if anchor is None else anchor
+    rows = (start + delta).to(stored.dtype)
     if not torch.isfinite(rows).all():
         raise SpftError(
-            f"the adapter has non-finite values in {layer} and was not merged; merge an earlier "
-            "checkpoint"
+            f"the adapter has non-finite values for {stored.name} and was not merged; merge an "
+            "earlier checkpoint"
         )
-    rows_of[index.numpy()] = _to_numpy(rows)
-    stored.flush()
+    stored.write(index, rows, columns)
 
 
-def _is_conv1d(folder: Path, layer: str) -> bool:
-    """Whether a layer stores its neurons as columns, which the shape of a square weight hides."""
+def _is_conv1d(stored: StoredTensor) -> bool:
+    """Whether a layer's neurons are columns, which the shape of a square weight does not show."""
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(stored.path.parent)
         with torch.device("meta"):
             model = getattr(transformers, config.architectures[0])(config)
-        return isinstance(model.get_submodule(layer), Conv1D)
     except (AttributeError, OSError, TypeError, ValueError):  # code of the checkpoint's own
         return False
+    return any(
+        isinstance(module, Conv1D) and f"{name}.weight".endswith(stored.name)
+        for name, module in model.named_modules()
+    )
 
 
-def _replace(file: Path, name: str, tensor: torch.Tensor) -> None:
-    stored, dtype = _mapped(file, name)
+def _replace(stored: StoredTensor, tensor: torch.Tensor) -> None:
     if stored.shape != tuple(tensor.shape):
         raise SpftError(
-            f"{name} has the shape {stored.shape} in the checkpoint and {tuple(tensor.shape)} in "
-            "the adapter; merge by PEFT's merge_and_unload, which can resize it"
+            f"{stored.name} has the shape {stored.shape} in the checkpoint and "
+            f"{tuple(tensor.shape)} in the adapter; merge by PEFT's merge_and_unload, which can "
+            "resize it"
         )
-    stored[...] = _to_numpy(tensor.to(dtype))
-    stored.flush()
-
-
-def _mapped(file: Path, name: str) -> tuple[np.memmap, torch.dtype]:
-    """A tensor of a safetensors file as writable memory."""
-    with file.open("rb") as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        entry = json.loads(opened.read(length))[name]
-    kind = entry["dtype"]
-    if kind not in _NUMPY:
-        raise SpftError(
-            f"{name} is stored as {kind} in the checkpoint, so it is quantised; give the original "
-            "checkpoint as the base"
-        )
-    offset = 8 + length + entry["data_offsets"][0]
-    shape = tuple(entry["shape"])
-    return np.memmap(file, _NUMPY[kind], "r+", offset, shape), _TORCH[kind]
-
-
-def _to_torch(values: np.ndarray, dtype: torch.dtype) -> torch.Tensor:
-    return torch.from_numpy(values.copy()).view(dtype)
-
-
-def _to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    half = tensor.dtype in (torch.float16, torch.bfloat16)
-    return (tensor.contiguous().view(torch.uint16) if half else tensor).numpy()
+    stored.replace(tensor)

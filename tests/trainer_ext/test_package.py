@@ -14,17 +14,9 @@ PACKAGE = Path(trainer_ext.__file__).parent
 OPTIONAL = ("axolotl", "deepspeed", "trl", "bitsandbytes", "datasets")
 # Lower layers first: a module may import from its own layer and from those before it.
 LAYERS = [
-    {"errors", "peft_type", "files", "distributed", "stability", "class_column", "base_checkpoint"},
-    {
-        "config_checks",
-        "scores",
-        "provenance",
-        "calibration_mode",
-        "merging",
-        "agreement",
-        "verdict",
-    },
-    {"config", "allocation"},
+    {"errors", "peft_type", "files", "distributed", "stability", "class_column", "stored_tensor"},
+    {"base_checkpoint", "config_checks", "scores", "provenance"},
+    {"calibration_mode", "agreement", "verdict", "merging", "config", "allocation"},
     {"tuner"},
     {"importance", "optim", "selection"},
     {"calibration", "report_page"},

@@ -133,7 +133,7 @@ def prepare_anchors(model: nn.Module, config, layers: dict, adapter_name: str) -
         for name, layer in layers.items():
             delta = layer.spft_delta[adapter_name]
             with _mend():
-                delta.anchor = delta.anchor.to(checkpoint.dtype(name))
+                delta.anchor = delta.anchor.to(checkpoint.weight(name).dtype)
     elif config.anchor == "adapter":
         _start_from(config.start_adapter, layers, adapter_name)
 
