@@ -13,6 +13,9 @@ from pathlib import Path
 
 import prepare_data
 
+# Short ones, so that a pair's two answers with their prompts take 300 tokens or so.
+MAX_SOURCE_CHARACTERS = 350
+MAX_DOCSTRING_CHARACTERS = 120
 MAX_TRAIN_PAIRS = 1000
 MAX_HELD_OUT_PAIRS = 240
 
@@ -62,6 +65,10 @@ def train_and_held_out(fraction: float = 0.3) -> tuple[list[dict], list[dict]]:
     library = Path(sysconfig.get_path("stdlib"))
     kept: dict[bool, list[prepare_data.Pair]] = {True: [], False: []}
     for pair in prepare_data.collect_pairs(library):
+        if len(pair.source) > MAX_SOURCE_CHARACTERS:
+            continue
+        if len(pair.docstring) > MAX_DOCSTRING_CHARACTERS:
+            continue
         kept[prepare_data.stable_hash(pair.module) < fraction * 2**64].append(pair)
     train, held_out = preference_pairs(kept[False]), preference_pairs(kept[True])
     return train[:MAX_TRAIN_PAIRS], held_out[:MAX_HELD_OUT_PAIRS]

@@ -19,7 +19,7 @@ LAYERS = [
     {"calibration_mode", "agreement", "verdict", "merging", "config", "allocation"},
     {"tuner"},
     {"importance", "optim", "selection"},
-    {"calibration", "report_page"},
+    {"calibration", "report_page", "quantisation_error"},
     {"trainer_batches", "report", "checkpoints", "training_state", "watchdog", "facts"},
     {"saving", "last_words"},
     {"guard"},
