@@ -24,6 +24,7 @@ LAYERS = [
     {"saving", "last_words"},
     {"guard"},
     {"trainer"},
+    {"trl_trainers"},
     {"__init__"},
 ]
 

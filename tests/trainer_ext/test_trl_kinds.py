@@ -1,0 +1,110 @@
+"""The mixin makes every kind of TRL trainer an SPFT trainer: KTO, ORPO, CPO, reward modelling, GRPO
+and RLOO calibrate on their own loss, move the selected neurons only, leave the base as it was, and
+train on the very batches (GRPO: on the very prompts) that they would have seen without
+calibration. Plain trainers with `peft_config` and the callback do the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from oracles import weights
+from safetensors.torch import load_file
+from tiny_models import CONFIGS, tiny_model
+from transformers import LlamaForSequenceClassification
+from trl import (
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    RLOOConfig,
+    RLOOTrainer,
+)
+from trl.experimental.cpo import CPOConfig, CPOTrainer
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+from trl_runs import arguments, completions, pairs, tokenizer
+
+from trainer_ext import ImportanceScores, SpftConfig, SpftTrainerMixin, current_selection
+from trainer_ext.trainer import IMPORTANCE_FILE
+from trainer_ext.tuner.model import deltas
+
+
+def length_reward(completions, **kwargs):
+    return [float(len(set(text))) for text in completions]
+
+
+SAMPLED = {"num_generations": 2, "max_completion_length": 6, "beta": 0.1}
+SAMPLED_MORE = {"reward_funcs": length_reward}
+# trainer, its arguments' class, further arguments, further trainer arguments, data
+KINDS = {
+    "kto": (KTOTrainer, KTOConfig, {}, {}, completions),
+    "orpo": (ORPOTrainer, ORPOConfig, {"max_length": 64}, {}, pairs),
+    "cpo": (CPOTrainer, CPOConfig, {"max_length": 64}, {}, pairs),
+    "reward": (RewardTrainer, RewardConfig, {}, {}, pairs),
+    "grpo": (GRPOTrainer, GRPOConfig, SAMPLED, SAMPLED_MORE, completions),
+    "rloo": (RLOOTrainer, RLOOConfig, SAMPLED, SAMPLED_MORE, completions),
+}
+
+
+def base_model(kind: str):
+    if kind != "reward":
+        return tiny_model()
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(
+        copy.deepcopy(CONFIGS["llama"]).__class__(
+            **{**CONFIGS["llama"].to_diff_dict(), "num_labels": 1}
+        )
+    )
+
+
+def make(kind: str, folder, **fields):
+    base, config, settings, more, data = KINDS[kind]
+
+    class Recording(SpftTrainerMixin, base):
+        """Keeps what its training steps were given."""
+
+        seen = ()
+
+        def training_step(self, model, inputs, *args, **kwargs):
+            self.seen = [*self.seen, copy.deepcopy(inputs)]
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    return Recording(
+        base_model(kind),
+        args=arguments(config, folder, max_steps=2, **settings),
+        train_dataset=data(),
+        processing_class=tokenizer,
+        spft_config=SpftConfig(**{"r": 4, "calibration_batches": 2, **fields}),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibrates_trains_and_saves(tmp_path, kind):
+    run = make(kind, tmp_path)
+    run.train()
+    run.save_model()
+    scores = ImportanceScores.load(tmp_path / IMPORTANCE_FILE)
+    assert scores.batches == 2
+    assert all(bool(s.max() > 0) for s in scores.scores.values())
+    chosen = current_selection(run.model).index
+    assert all(bool(d.weight.abs().sum() > 0) for d in deltas(run.model).values())
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(name.endswith("spft_delta.weight") for name in saved) == len(chosen)
+    before = weights(base_model(kind))
+    for name, weight in weights(run.model.unload()).items():
+        if name in chosen:
+            assert torch.equal(weight, before[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_calibration_leaves_no_trace(tmp_path, kind):
+    calibrated, plain = make(kind, tmp_path / "a"), make(kind, tmp_path / "b", importance="random")
+    for run in (calibrated, plain):
+        run.train()
+    assert len(calibrated.seen) == len(plain.seen) == 4
+    for ours, theirs in zip(calibrated.seen, plain.seen, strict=True):
+        assert str(ours) == str(theirs)
