@@ -61,7 +61,9 @@ def arguments(kind: type, folder, **more):
 
 def losses(trainer) -> list[float]:
     """What a trainer has logged, one a step."""
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == trainer.state.global_step
+    return logged
 
 
 tokenizer = byte_tokenizer()
