@@ -12,6 +12,7 @@ from adapters import wrapped
 from calibrations import assert_close_to_oracle
 from preferences import dpo_loss
 from tiny_models import tiny_model
+from transformers import TrainerCallback
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl_runs import arguments, completions, losses, pairs, tokenizer
 
@@ -113,3 +114,30 @@ def test_dpos_scores_are_the_policys_alone(tmp_path, metric, checkpointing):
     expected = getattr(oracles, metric)(tiny_model().double(), steps, policy_loss)
     scores = ImportanceScores.load(tmp_path / IMPORTANCE_FILE).scores
     assert_close_to_oracle(scores, expected)
+
+
+class NoGradients(TrainerCallback):
+    """What calibration must leave when training begins, added after SpftCallback."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        assert all(p.grad is None for p in model.parameters())
+        trained = {n for n, p in model.named_parameters() if p.requires_grad}
+        assert any("modules_to_save" in name for name in trained)
+        self.looked = True
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_the_references_switching_leaves_no_gradients(tmp_path, reentrant):
+    """Between a policy's forward and its backward PEFT lets modules_to_save be trained again."""
+    settings = {"gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    run = SpftDPOTrainer(
+        tiny_model("llama_bias"),
+        args=arguments(DPOConfig, tmp_path, max_steps=2, **settings),
+        train_dataset=pairs(),
+        processing_class=tokenizer,
+        spft_config=SpftConfig(modules_to_save=["lm_head", "input_layernorm"], **FIELDS),
+    )
+    look = NoGradients()
+    run.add_callback(look)
+    run.train()
+    assert look.looked
