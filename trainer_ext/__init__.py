@@ -45,9 +45,9 @@ def __getattr__(name: str):
     if name not in ("SpftSFTTrainer", "SpftDPOTrainer"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from . import trl_trainers
+        from .trl_trainers import SpftDPOTrainer, SpftSFTTrainer
     except ModuleNotFoundError as error:
         if error.name != "trl":
             raise
         raise ImportError(f"{name} needs TRL, which is not installed: pip install trl") from None
-    return getattr(trl_trainers, name)
+    return {"SpftSFTTrainer": SpftSFTTrainer, "SpftDPOTrainer": SpftDPOTrainer}[name]

@@ -293,13 +293,14 @@ class SpftTrainerMixin:
 
     def __init__(self, model=None, *args, spft_config: SpftConfig | None = None, **kw):
         if spft_config is not None:
-            _refuse_given_twice(model, kw)
+            wraps = _takes_peft_config(type(self))
+            _check_spft_config(spft_config, model, wraps, kw)
             if spft_config.task_type is None:
                 spft_config.task_type = default_task_type(model) or self._task_type
-            if _takes_peft_config(type(self)):
+            if wraps:
                 kw["peft_config"] = spft_config
             else:
-                model = _wrap(model, spft_config)
+                model = get_peft_model(model, spft_config)
         super().__init__(model, *args, **kw)
         if getattr(self, "ref_model", None) is not None:
             raise SpftError(
@@ -315,7 +316,9 @@ def _takes_peft_config(kind: type) -> bool:
     return any("peft_config" in inspect.signature(init).parameters for init in inits if init)
 
 
-def _refuse_given_twice(model, arguments: dict) -> None:
+def _check_spft_config(config, model, by_name: bool, arguments: dict) -> None:
+    if not isinstance(config, SpftConfig):
+        raise SpftError(f"spft_config is a {type(config).__name__}; pass a trainer_ext.SpftConfig")
     if arguments.get("peft_config") is not None:
         raise SpftError(
             "spft_config and peft_config are both given; leave one out: they mean the same here"
@@ -325,15 +328,11 @@ def _refuse_given_twice(model, arguments: dict) -> None:
             "spft_config is given but the model is a PEFT model already; pass the base model, or "
             "leave spft_config out"
         )
-
-
-def _wrap(model, config: SpftConfig) -> PeftModel:
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, (nn.Module, str) if by_name else nn.Module):
         raise SpftError(
             f"spft_config is given with model = {model!r}; pass the loaded model, or let "
             "model_init return peft.get_peft_model(model, SpftConfig(...)) without spft_config"
         )
-    return get_peft_model(model, config)
 
 
 class SpftTrainer(SpftTrainerMixin, Trainer):
