@@ -36,6 +36,7 @@ from .scores import ImportanceScores
 from .trainer_batches import bare_model, first_batches, may_be_one_shot, untouched
 from .tuner.model import (
     default_task_type,
+    deltas,
     is_selected,
     layer_sizes,
     restore_base,
@@ -77,6 +78,11 @@ class SpftCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()
+        if not any(d.held_weight.requires_grad for d in deltas(model, adapter_name).values()):
+            raise SpftError(
+                f"adapter {adapter_name!r} is frozen, as PeftModel.from_pretrained loads it; give "
+                "that is_trainable=True"
+            )
         self._step_seconds.clear()
         self._guard.check_processes_agree(model, adapter_name)
         if not is_selected(model, adapter_name):
