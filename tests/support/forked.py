@@ -62,7 +62,7 @@ def run(
         "timeout": timeout,
         "grace": grace,
     }
-    imports = {"axolotl": "axolotl", "dpo": "trl"}.get(worker.split("_")[0], "trainer_ext")
+    imports = {"axolotl": "axolotl", "trl": "trl"}.get(worker.split("_")[0], "trainer_ext")
     server = _server(imports)
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()

@@ -38,11 +38,11 @@ def completions(count: int = 24) -> Dataset:
     )
 
 
-def arguments(kind: type, folder, **more):
+def arguments(kind: type, output_dir, **more):
     """Arguments of a TRL trainer for a few steps on one process, without dropout or rounding."""
     return kind(
         **{
-            "output_dir": str(folder),
+            "output_dir": str(output_dir),
             "max_steps": 3,
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,

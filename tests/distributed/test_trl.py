@@ -1,7 +1,8 @@
-"""Under DDP, ZeRO-2, ZeRO-3 and FSDP2, real processes on gloo, DPO's reference is the model that
-training started from: every logged loss is that of the formula written out on plain dense models in
-fp64, mean over all processes' micro-batches, from zero and non-zero deltas, with the reference
-computed or precomputed. The workers assert engine, stage and world size."""
+"""Under DDP, ZeRO-2, ZeRO-3 and FSDP2, real processes on gloo, SFT and DPO select the neurons of
+one process and have its losses. DPO's reference is the model that training started from: every
+logged loss is that of the formula written out on plain dense models in fp64, mean over all
+processes' micro-batches, from zero and non-zero deltas, with the reference computed or precomputed.
+The workers assert engine, stage and world size."""
 
 from __future__ import annotations
 
@@ -9,14 +10,14 @@ import math
 
 import pytest
 import torch
-from dpo_worker import PAIRS, RUNS
 from forked import launch
 from preferences import dpo_loss, updated
 from tiny_models import tiny_model
 from trl_runs import pairs
+from trl_worker import DPO_RUNS, PAIRS, train
 
 CORE = ["ddp", "zero3"]
-REST = ["none", "zero2", "fsdp2"]
+REST = ["zero2", "fsdp2"]
 ENGINES = [*CORE, *(pytest.param(engine, marks=pytest.mark.full) for engine in REST)]
 # a log-probability near 5 in fp32, summed over some 30 tokens of four rows, times beta; and
 # as much again for the order of an engine's sums
@@ -28,10 +29,26 @@ def ranks(request, tmp_path_factory):
     engine = request.param
     folder = tmp_path_factory.mktemp(engine)
     pairs().save_to_disk(folder / PAIRS)
-    return launch("dpo_worker.py", folder, 1 if engine == "none" else 2, engine)
+    return launch("trl_worker.py", folder, 2, engine)
 
 
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    pairs().save_to_disk(folder / PAIRS)
+    return {kind: train(folder, "none", kind, world=1) for kind in ("sft", "fresh")}
+
+
+@pytest.mark.parametrize("kind", ["sft", "fresh"])
+def test_neurons_and_losses_are_those_of_one_process(ranks, one_process, kind):
+    expected = one_process[kind]
+    for rank in ranks:
+        assert rank[kind]["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        for name, index in expected["index"].items():
+            assert torch.equal(rank[kind]["index"][name], index), name
+
+
+@pytest.mark.parametrize("kind", DPO_RUNS)
 def test_every_loss_is_the_formulas(ranks, kind):
     runs = [rank[kind] for rank in ranks]
     index = runs[0]["index"]
