@@ -28,6 +28,7 @@ from trainer_ext import (
     trained_parameters,
     write_through,
 )
+from trainer_ext.importance.noise import weight_noise
 from trainer_ext.trainer import IMPORTANCE_FILE
 
 FIELDS = {"r": 4, "calibration_batches": 2}
@@ -90,10 +91,8 @@ def policy_loss(model, micro_batches: list[dict]) -> torch.Tensor:
     return sum(dpo_loss(model, batch, reference) for batch in micro_batches) / len(micro_batches)
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("metric", ["group_taylor", "taylor"])
-def test_dpos_scores_are_the_policys_alone(tmp_path, metric, checkpointing):
-    """By autograd in fp64, over the micro-batches that the first steps are trained on."""
+def calibrated(folder, checkpointing: bool = True, **fields):
+    """Scores of a DPO run and the micro-batches of its first steps, which they come from."""
 
     class Noting(SpftDPOTrainer):
         seen: list[dict] = []  # in the class: calibration puts back what the trainer holds
@@ -104,16 +103,53 @@ def test_dpos_scores_are_the_policys_alone(tmp_path, metric, checkpointing):
 
     run = Noting(
         tiny_model(),
-        args=arguments(DPOConfig, tmp_path, gradient_checkpointing=checkpointing),
+        args=arguments(DPOConfig, folder, gradient_checkpointing=checkpointing),
         train_dataset=pairs(),
         processing_class=tokenizer,
-        spft_config=SpftConfig(importance=metric, **FIELDS),
+        spft_config=SpftConfig(**{**FIELDS, **fields}),
     )
     run.train()
-    steps = [run.seen[0:2], run.seen[2:4]]
+    return ImportanceScores.load(folder / IMPORTANCE_FILE).scores, [run.seen[0:2], run.seen[2:4]]
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("metric", ["group_taylor", "taylor"])
+def test_dpos_scores_are_the_policys_alone(tmp_path, metric, checkpointing):
+    """By autograd in fp64, over the micro-batches that the first steps are trained on."""
+    scores, steps = calibrated(tmp_path, checkpointing, importance=metric)
     expected = getattr(oracles, metric)(tiny_model().double(), steps, policy_loss)
-    scores = ImportanceScores.load(tmp_path / IMPORTANCE_FILE).scores
     assert_close_to_oracle(scores, expected)
+
+
+def test_wanda_counts_the_policys_inputs_alone(tmp_path):
+    scores, steps = calibrated(tmp_path, importance="wanda")
+    keys = ("input_ids", "attention_mask")
+    batches = [{key: batch[key] for key in keys} for step in steps for batch in step]
+    assert_close_to_oracle(scores, oracles.wanda(tiny_model(), batches))
+
+
+def test_zo_taylor_moves_the_policy_alone(tmp_path):
+    """One direction: scores are |c| sum_j |w_ij z_ij|, c by moving all weights of a dense policy.
+
+    Were the reference moved too, c would vanish. fp32 losses leave c some units u of rounding,
+    k u / (2 eps); k = 32 as for zo_taylor itself."""
+    eps = 1e-3
+    fields = {"importance": "zo_taylor", "zo_directions": 1, "zo_eps": eps}
+    scores, steps = calibrated(tmp_path, calibration_batches=1, **fields)
+    losses, moved = [], {}
+    for sign in (1, -1):
+        policy = tiny_model().double()
+        for name in scores:
+            weight = policy.get_submodule(name).weight.data
+            noise = weight_noise((42, 0, 0, name), 0, *weight.shape).double()
+            moved[name] = (weight * noise).abs().sum(dim=1)
+            weight += sign * eps * noise
+        losses.append(policy_loss(policy, steps[0]).item())
+    c = abs(losses[0] - losses[1]) / (2 * eps)
+    tolerance = 32 * 2**-24 / (2 * eps)
+    assert c > 10 * tolerance
+    for name, layer_scores in scores.items():
+        assert ((layer_scores - c * moved[name]).abs() <= tolerance * moved[name]).all(), name
 
 
 class NoGradients(TrainerCallback):
