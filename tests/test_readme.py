@@ -1,5 +1,5 @@
 """The README's commands exist and its code runs as it stands: the YAML trains through Axolotl and
-the Python block trains, saves and merges, both at tiny size; its table of keys is the plugin's."""
+the Python blocks train, save and merge, all at tiny size; its table of keys is the plugin's."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import trl_runs
 import yaml
 from tiny_models import batch, dataset, tiny_model
 from transformers import AutoModelForCausalLM
@@ -39,7 +40,7 @@ def test_the_two_commands_are_the_first_thing_to_type():
 
 
 def test_the_trainers_python_block_runs(tmp_path, monkeypatch):
-    code, _ = blocks("python")
+    code, _, _ = blocks("python")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: tiny_model())
     # the tiny model's layers are smaller than 64, and a hundred steps teach the test nothing
@@ -50,8 +51,22 @@ def test_the_trainers_python_block_runs(tmp_path, monkeypatch):
     assert type(names["merged"]) is type(tiny_model())
 
 
+def test_the_trl_python_block_runs(tmp_path, monkeypatch):
+    _, code, _ = blocks("python")
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("base")
+    trl_runs.tokenizer.save_pretrained("base")
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "base").replace("r=64", "r=4")
+    code = code.replace("max_steps=100", "max_steps=2, use_cpu=True, bf16=False, report_to=[]")
+    names = {"conversations": trl_runs.completions(), "preference_pairs": trl_runs.pairs()}
+    exec(compile(code, "README.md", "exec"), names)
+    for run in (names["sft"], names["dpo"]):
+        assert run.state.global_step == 2
+    assert all(delta.weight.abs().sum() > 0 for delta in deltas(names["dpo"].model).values())
+
+
 def test_the_loops_python_block_runs_and_writes_through(monkeypatch):
-    _, code = blocks("python")
+    _, _, code = blocks("python")
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda name: tiny_model())
     names = {"batches": [batch(seed) for seed in range(3)]}
     exec(compile(code.replace("r=64", "r=4"), "README.md", "exec"), names)

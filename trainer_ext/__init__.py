@@ -1,7 +1,8 @@
 """Structured-pruning-based sparse fine-tuning for the Hugging Face Trainer.
 
 Importing this package registers SPFT with PEFT. It needs torch, transformers, accelerate, peft and
-safetensors only.
+safetensors only. `SpftSFTTrainer` and `SpftDPOTrainer` need TRL, which is imported at their first
+use.
 """
 
 from .calibration import measure_importance, select_by_scores, select_neurons
@@ -40,3 +41,15 @@ __all__ = [
     "trained_parameters",
     "write_through",
 ]
+
+
+def __getattr__(name: str):
+    if name not in ("SpftSFTTrainer", "SpftDPOTrainer"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from .trl_trainers import SpftDPOTrainer, SpftSFTTrainer
+    except ModuleNotFoundError as error:
+        if error.name != "trl":
+            raise
+        raise ImportError(f"{name} needs TRL, which is not installed: pip install trl") from None
+    return {"SpftSFTTrainer": SpftSFTTrainer, "SpftDPOTrainer": SpftDPOTrainer}[name]

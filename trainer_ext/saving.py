@@ -51,6 +51,7 @@ class CheckpointKeeper:
             "_save_checkpoint",
             "_save_optimizer_and_scheduler",
             "_load_optimizer_and_scheduler",
+            "_load_from_checkpoint",
             "_load_best_model",
         ):
             setattr(self, f"_trainers_{name.strip('_')}", getattr(trainer, name))
@@ -192,6 +193,15 @@ class CheckpointKeeper:
         state.save_optimizer(output_dir)
         state.save_scheduler(self.trainer.lr_scheduler, output_dir)
         return None
+
+    def load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._trainers_load_from_checkpoint(resume_from_checkpoint, model)
+        # Where there are adapters in sub-folders (TRL's "ref"), transformers loads them alone.
+        model = model if model is not None else self.trainer.model
+        if len(getattr(model, "peft_config", ())) > 1:
+            name = model.active_adapters[0]
+            if not (Path(resume_from_checkpoint) / name).is_dir():
+                model.load_adapter(resume_from_checkpoint, name, is_trainable=True)
 
     def load_best_model(self):
         if not self._divided:

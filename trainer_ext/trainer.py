@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import statistics
 import time
@@ -35,6 +36,7 @@ from .scores import ImportanceScores
 from .trainer_batches import bare_model, first_batches, may_be_one_shot, untouched
 from .tuner.model import (
     default_task_type,
+    deltas,
     is_selected,
     layer_sizes,
     restore_base,
@@ -76,6 +78,11 @@ class SpftCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()
+        if not any(d.held_weight.requires_grad for d in deltas(model, adapter_name).values()):
+            raise SpftError(
+                f"adapter {adapter_name!r} is frozen, as PeftModel.from_pretrained loads it; give "
+                "that is_trainable=True"
+            )
         self._step_seconds.clear()
         self._guard.check_processes_agree(model, adapter_name)
         if not is_selected(model, adapter_name):
@@ -196,6 +203,7 @@ class SpftCallback(TrainerCallback):
         )
         with bar, untouched(trainer):
             batches = self._guard.noting(data.noting(first_batches(trainer, count)))
+            batches = (batch.prepared() for batch in batches)
             scores = measure_importance(model, batches, adapter_name, on_batch=bar.update)
         release_gathered_weights(model, engine=trainer.model_wrapped)
         if scores.batches < count:
@@ -271,37 +279,66 @@ def active_spft_adapter(model) -> str:
 
 
 class SpftTrainerMixin:
-    """Makes any `transformers.Trainer` subclass train by SPFT; put it first among the bases.
+    """Makes any `transformers.Trainer` subclass, TRL's among them, train by SPFT; put it first.
+
+    One rule: a trainer that takes `peft_config` gets `spft_config` as that and wraps the model
+    itself; for any other the bare model is wrapped beforehand. So the reference of DPO and its kin
+    is the model with delta off. There never is a second model.
 
     Args:
-        spft_config: wrap the bare model with this configuration. Leave it out for a model that is
-            a PEFT model with an SPFT adapter already. All other arguments are the trainer's own.
+        spft_config: train the bare model with this configuration. Leave it out for a model that is
+            a PEFT model with an SPFT adapter already: TRL's reference is then a frozen copy of the
+            adapter as it is. All other arguments are the trainer's own.
 
     Raises:
-        SpftError: `spft_config` is given for a model that already is a PEFT model.
+        SpftError: `spft_config` is given together with `peft_config` or with a PEFT model, or a
+            `ref_model` is given.
     """
 
-    def __init__(self, model=None, args=None, *more, spft_config: SpftConfig | None = None, **kw):
+    _task_type: str | None = None  # PEFT's, where the model is given by its name
+
+    def __init__(self, model=None, *args, spft_config: SpftConfig | None = None, **kw):
         if spft_config is not None:
-            model = _wrap(model, spft_config)
-        super().__init__(model, args, *more, **kw)
+            wraps = _takes_peft_config(type(self))
+            _check_spft_config(spft_config, model, wraps, kw)
+            if spft_config.task_type is None:
+                spft_config.task_type = default_task_type(model) or self._task_type
+            if wraps:
+                kw["peft_config"] = spft_config
+            else:
+                model = get_peft_model(model, spft_config)
+        super().__init__(model, *args, **kw)
+        if getattr(self, "ref_model", None) is not None:
+            raise SpftError(
+                f"{type(self).__name__} has a reference model of its own; SPFT's reference is the "
+                "model with delta off, so leave ref_model out and pass spft_config, or a PEFT "
+                "model with an SPFT adapter"
+            )
         self.add_callback(SpftCallback(self))
 
 
-def _wrap(model, config: SpftConfig) -> PeftModel:
+def _takes_peft_config(kind: type) -> bool:
+    inits = (vars(base).get("__init__") for base in kind.__mro__)
+    return any("peft_config" in inspect.signature(init).parameters for init in inits if init)
+
+
+def _check_spft_config(config, model, by_name: bool, arguments: dict) -> None:
+    if not isinstance(config, SpftConfig):
+        raise SpftError(f"spft_config is a {type(config).__name__}; pass a trainer_ext.SpftConfig")
+    if arguments.get("peft_config") is not None:
+        raise SpftError(
+            "spft_config and peft_config are both given; leave one out: they mean the same here"
+        )
     if isinstance(model, PeftModel):
         raise SpftError(
             "spft_config is given but the model is a PEFT model already; pass the base model, or "
             "leave spft_config out"
         )
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, (nn.Module, str) if by_name else nn.Module):
         raise SpftError(
             f"spft_config is given with model = {model!r}; pass the loaded model, or let "
             "model_init return peft.get_peft_model(model, SpftConfig(...)) without spft_config"
         )
-    if config.task_type is None:
-        config.task_type = default_task_type(model)
-    return get_peft_model(model, config)
 
 
 class SpftTrainer(SpftTrainerMixin, Trainer):

@@ -68,28 +68,60 @@ class OptimizerStepBatch:
     def __init__(self, trainer, micro_batches: list, num_items) -> None:
         self.micro_batches = micro_batches
         self._trainer, self._num_items = trainer, num_items
+        self._inputs: list | None = None
+
+    def prepared(self) -> OptimizerStepBatch:
+        """This batch with the inputs of the loss made, once for all its runs.
+
+        GRPO samples its completions here, so it must be done by the unperturbed model.
+        """
+        trainer = self._trainer
+        trainer.current_gradient_accumulation_steps = len(self.micro_batches)
+        self._inputs = []
+        for micro_batch in self.micro_batches:
+            self._inputs.append(
+                trainer._prepare_inputs(
+                    dict(micro_batch) if isinstance(micro_batch, Mapping) else micro_batch
+                )
+            )
+            if hasattr(trainer, "_step"):
+                # GRPO and RLOO count micro-batches, to know which of the sampled ones is due
+                trainer._step += 1
+        return self
 
     def __call__(self, backward: bool) -> torch.Tensor:
+        if self._inputs is None:
+            self.prepared()
         trainer, num_items = self._trainer, self._num_items
         model = bare_model(trainer)  # an engine's wrapper would start its gradient machinery
-        trainer.current_gradient_accumulation_steps = len(self.micro_batches)
+        trainer.current_gradient_accumulation_steps = len(self._inputs)
         total = torch.zeros((), device=trainer.args.device)
-        for micro_batch in self.micro_batches:
+        for inputs in self._inputs:
             # compute_loss may take entries out of its inputs, and the batch may be run again.
-            inputs = trainer._prepare_inputs(
-                dict(micro_batch) if isinstance(micro_batch, Mapping) else micro_batch
-            )
-            with trainer.compute_loss_context_manager():
+            inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
+            with _flags_kept(model), trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, inputs, num_items_in_batch=num_items)
             # Trainer.training_step's own normalisation, which compute_loss does not include
             if (
                 not trainer.model_accepts_loss_kwargs or num_items is None
             ) and trainer.compute_loss_func is None:
-                loss = loss / len(self.micro_batches)
+                loss = loss / len(self._inputs)
             if backward:
                 loss.backward()
             total = total + loss.detach()
         return total
+
+
+@contextmanager
+def _flags_kept(model):
+    """Put requires_grad back on exit: after a reference forward PEFT lets the adapter train again,
+    and the backward of the policy would leave gradients in it."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def may_be_one_shot(dataset) -> bool:

@@ -62,7 +62,8 @@ def run(
         "timeout": timeout,
         "grace": grace,
     }
-    server = _server("axolotl" if worker.startswith("axolotl") else "trainer_ext")
+    imports = {"axolotl": "axolotl", "trl": "trl"}.get(worker.split("_")[0], "trainer_ext")
+    server = _server(imports)
     server.stdin.write(json.dumps(request) + "\n")
     server.stdin.flush()
     codes = json.loads(server.stdout.readline())
@@ -124,6 +125,8 @@ def serve() -> None:
     if sys.argv[1] == "axolotl":
         import axolotl.cli.train
         import axolotl.train  # noqa: F401
+    if sys.argv[1] == "trl":
+        from trl import DPOTrainer  # noqa: F401
     torch.set_num_threads(1)
     for line in sys.stdin:
         print(json.dumps(_fork(json.loads(line))), file=answers, flush=True)

@@ -6,13 +6,17 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 
-def mean_gradients(model, batches: list[dict]) -> dict[str, torch.Tensor]:
+def models_own_loss(model, batch: dict) -> torch.Tensor:
+    return model(**batch).loss
+
+
+def mean_gradients(model, batches: list, loss=models_own_loss) -> dict[str, torch.Tensor]:
     """Mean over batches of the loss gradient of every linear weight, as (d_out, d_in)."""
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (torch.nn.Linear, Conv1D))}
     model.requires_grad_(True)
     model.zero_grad()
     for batch in batches:
-        (model(**batch).loss / len(batches)).backward()
+        (loss(model, batch) / len(batches)).backward()
     gradients = {
         name: rows_of(layer, layer.weight.grad.clone())
         for name, layer in layers.items()
@@ -36,18 +40,18 @@ def rows_of(layer, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.t() if isinstance(layer, Conv1D) else tensor
 
 
-def group_taylor(model, batches: list[dict]) -> dict[str, torch.Tensor]:
+def group_taylor(model, batches: list, loss=models_own_loss) -> dict[str, torch.Tensor]:
     """|sum_j w_ij gbar_ij| from full weight gradients, in fp64."""
-    gradients, dense = mean_gradients(model, batches), weights(model)
+    gradients, dense = mean_gradients(model, batches, loss), weights(model)
     return {
         name: (dense[name].double() * gradient.double()).sum(dim=1).abs()
         for name, gradient in gradients.items()
     }
 
 
-def taylor(model, batches: list[dict]) -> dict[str, torch.Tensor]:
+def taylor(model, batches: list, loss=models_own_loss) -> dict[str, torch.Tensor]:
     """sum_j |w_ij gbar_ij| from full weight gradients, in fp64."""
-    gradients, dense = mean_gradients(model, batches), weights(model)
+    gradients, dense = mean_gradients(model, batches, loss), weights(model)
     return {
         name: (dense[name].double() * gradient.double()).abs().sum(dim=1)
         for name, gradient in gradients.items()

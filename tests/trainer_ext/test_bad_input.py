@@ -215,6 +215,10 @@ CASES = {
         lambda p: train(get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"])), p),
         ["0 active SPFT adapters", "SpftConfig"],
     ),
+    "an adapter loaded for inference": (
+        lambda p: train(reloaded(p), p),
+        ["'default' is frozen", "is_trainable=True"],
+    ),
     "spft_config for a PEFT model": (
         lambda p: train(wrapped(), p, spft_config=SpftConfig(r=2)),
         ["spft_config", "PEFT model already", "leave spft_config out"],
@@ -273,6 +277,11 @@ class Quantised(torch.nn.Module):
         self.linear = torch.nn.Linear(4, 4)
         weight = torch.zeros(4, 4, dtype=torch.int8)
         self.linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def reloaded(folder) -> PeftModel:
+    selected().save_pretrained(folder / "adapter")
+    return PeftModel.from_pretrained(tiny_model(), folder / "adapter")
 
 
 def broken() -> PeftModel:

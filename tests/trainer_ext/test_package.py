@@ -24,6 +24,7 @@ LAYERS = [
     {"saving", "last_words"},
     {"guard"},
     {"trainer"},
+    {"trl_trainers"},
     {"__init__"},
 ]
 
@@ -40,15 +41,18 @@ def test_imports_and_trains_without_the_optional_packages():
         "trainer_ext.select_neurons(model); "
         "import torch; model(input_ids=torch.ones(1, 4, dtype=torch.long),"
         " labels=torch.ones(1, 4, dtype=torch.long)).loss.backward(); "
-        "print('trained')"
+        "print('trained'); "
+        "trainer_ext.SpftDPOTrainer"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("trained")
+    assert done.stdout.strip().endswith("trained"), done.stderr
+    assert done.stderr.strip().splitlines()[-1] == (
+        "ImportError: SpftDPOTrainer needs TRL, which is not installed: pip install trl"
+    )
 
 
 def test_promised_names_exist():
-    for name in trainer_ext.__all__:
+    for name in (*trainer_ext.__all__, "SpftSFTTrainer", "SpftDPOTrainer"):
         assert hasattr(trainer_ext, name), name
 
 
