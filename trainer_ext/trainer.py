@@ -99,6 +99,12 @@ class SpftCallback(TrainerCallback):
     def _select(self, model, adapter_name: str, args) -> None:
         """Choose the neurons, by scores from a file or from calibrating."""
         config = model.peft_config[adapter_name]
+        if config.anchor == "checkpoint" and getattr(self.trainer, "precompute_ref_logps", False):
+            raise SpftError(
+                "precompute_ref_log_probs is set, but over a quantised base the reference has the "
+                "original rows of the neurons that are selected now; drop it, or set `quant_init` "
+                "to 'none'"
+            )
         if config.importance_file:
             self.scores = load_scores(config.importance_file, model, adapter_name)
             self._warn_of_other_data(config)

@@ -205,14 +205,14 @@ def offer_fsdp_on_cpu() -> None:
 
 
 def start(engine: str) -> None:
-    """What DeepSpeed needs on CPU: gloo chosen before accelerate looks, and two fixes."""
+    """What DeepSpeed needs on CPU: gloo chosen before accelerate looks, and three fixes."""
     if engine.startswith("fsdp2"):
         offer_fsdp_on_cpu()
     if not engine.startswith("zero"):
         return
     os.environ.pop("ACCELERATE_USE_CPU", None)  # with it accelerate runs plain DDP instead
     import deepspeed
-    from deepspeed.runtime.zero import stage_1_and_2
+    from deepspeed.runtime.zero import partition_parameters, stage_1_and_2
 
     # An operator for inference: compiled for a minute, and a killed process leaves its lock behind,
     # on which all later ones wait for ever.
@@ -225,6 +225,29 @@ def start(engine: str) -> None:
             return gather(*args, **kwargs)
 
     stage_1_and_2.all_gather_dp_groups = without_grad
+    partition_parameters.dist = _GathersInOrder()
+
+
+class _GathersInOrder:
+    """deepspeed.comm for ZeRO-3, which gathers a layer's weight and bias and waits for the last.
+
+    NCCL does one after the other; gloo does not, so the first may still be uninitialised memory.
+    """
+
+    def __getattr__(self, name: str):
+        import deepspeed
+
+        call = getattr(deepspeed.comm, name)
+        if not name.startswith("all_gather"):
+            return call
+
+        def and_wait(*args, **kwargs):
+            handle = call(*args, **kwargs)
+            if handle is not None:
+                handle.wait()
+            return handle
+
+        return and_wait
 
 
 def main(folder: Path, engine: str) -> None:

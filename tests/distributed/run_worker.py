@@ -22,6 +22,7 @@ import torch.distributed as dist
 from accelerate.utils import DistributedType
 from deaths import arrange_death
 from engine_worker import ragged_rows, start
+from quantised import quantised
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from trainer_ext import ImportanceScores, SelectedNeuronAdamW, SpftConfig, SpftTrainer
@@ -46,6 +47,7 @@ class Options:
         die: where rank `die_rank` kills itself; see deaths.py.
         arguments: further TrainingArguments.
         config: further fields of SpftConfig.
+        bits: load the base quantised, in 4 or 8 bits.
     """
 
     base: str
@@ -58,6 +60,7 @@ class Options:
     accumulation: int = 2
     arguments: dict = field(default_factory=dict)
     config: dict = field(default_factory=dict)
+    bits: int | None = None
 
 
 def deepspeed_config(engine: str, bf16: bool) -> dict | None:
@@ -121,7 +124,10 @@ def make_trainer(engine: str, options: Options, world: int) -> SpftTrainer:
     arguments = TrainingArguments(options.out, **{**settings, **options.arguments})
     # after the arguments, which switch zero.Init on: ZeRO-3 loads each process its part only
     dtype = torch.bfloat16 if options.bf16 else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(options.base, dtype=dtype)
+    if options.bits:
+        model = quantised(Path(options.base), options.bits, dtype)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(options.base, dtype=dtype)
     rows = [{k: v for k, v in row.items() if k != "topic"} for row in ragged_rows(96)]
     config = SpftConfig(**{"r": 4, "calibration_batches": 2, **options.config})
     return SpftTrainer(

@@ -73,6 +73,14 @@ def refuse_unsupported_engine(trainer: Trainer) -> None:
         SpftError: names the engine or its setting.
     """
     engine = Engine.of(trainer)
+    if engine.kind == "fsdp2":
+        # FSDP2 puts plain parameters in the places of those that hold bitsandbytes' scales.
+        kinds = {type(module).__name__ for module in trainer.model.modules()}
+        if "Linear8bitLt" in kinds:
+            raise SpftError(
+                "the base is loaded in 8 bits, which bitsandbytes cannot compute with under FSDP2; "
+                "load it in 4 bits, or use DDP or DeepSpeed"
+            )
     if engine.kind != "deepspeed":
         return
     config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
