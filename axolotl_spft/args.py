@@ -222,6 +222,16 @@ def spft_config(cfg, model) -> SpftConfig:
     return config
 
 
+def start_config(cfg) -> SpftConfig:
+    """The SpftConfig of a run whose reference is the model with the adapter in `lora_model_dir`.
+
+    That adapter brings its own neurons and their number.
+    """
+    given = {name: cfg[f"spft_{name}"] for name in ("forward", "quant_init")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return SpftConfig(start_adapter=cfg.lora_model_dir, **given)
+
+
 def yaml_names(cfg) -> dict[str, str]:
     """Fields of SpftConfig -> the YAML's keys that set them."""
     names = _YAML_NAMES | {"layers_to_transform": "peft_layers_to_transform"}

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from trainer_ext import SpftError
 
 from .class_column import calibrates_by_class
+from .preferences import METHODS, WITH_REFERENCE
 
 _NOT_YET = "is not supported with adapter: prune_spft yet"
 
@@ -42,7 +43,14 @@ _REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
     "sequence_parallel_degree": (_size_above_one, f"sequence parallelism {_NOT_YET}; set it to 1"),
     "dp_replicate_size": (_size_above_one, f"hybrid sharding {_NOT_YET}; set it to 1"),
     "expert_parallel_size": (_size_above_one, f"expert parallelism {_NOT_YET}; set it to 1"),
-    "rl": (bool, f"preference and reinforcement training {_NOT_YET}; use SFT data"),
+    "rl": (
+        lambda value: bool(value) and value not in METHODS,
+        f"it is not supported with adapter: prune_spft; allowed: {', '.join(METHODS)}",
+    ),
+    "rl_adapter_ref_model": (
+        bool,
+        "SPFT's reference is the model itself with the adapter off; drop it",
+    ),
     "reward_model": (bool, f"reward modelling {_NOT_YET}; drop it"),
     "process_reward_model": (bool, f"reward modelling {_NOT_YET}; drop it"),
     "unfrozen_parameters": (
@@ -63,10 +71,33 @@ def refuse_unsupported(cfg: dict) -> None:
         if value is not None and is_refused(value):
             raise SpftError(f"{key} is {value!r}: {reason}")
     _refuse_unsupported_fsdp(cfg)
+    _refuse_unsupported_with_rl(cfg)
     if cfg.get("merge_method") == "memory_efficient":
         raise SpftError(
             "merge_method is 'memory_efficient': Axolotl's shard-wise merge knows LoRA files only; "
             "drop merge_method (SPFT uses legacy, which merges exactly)"
+        )
+
+
+def _refuse_unsupported_with_rl(cfg: dict) -> None:
+    """Keys that Axolotl refuses by a traceback, or that TRL, which wraps the model, ignores."""
+    rl = cfg.get("rl")
+    if not rl:
+        return
+    if cfg.get("sample_packing"):
+        raise SpftError(
+            f"sample_packing is {cfg['sample_packing']!r} with rl: {rl}: preference pairs are not "
+            "packed; drop it"
+        )
+    if rl == "simpo" and cfg.get("simpo_gamma") is None:
+        raise SpftError(
+            "simpo_gamma is not set with rl: simpo, and Axolotl has no default for it; set "
+            "simpo_gamma: 0.5"
+        )
+    if rl in WITH_REFERENCE and cfg.get("peft_autocast_adapter_dtype") is False:
+        raise SpftError(
+            f"peft_autocast_adapter_dtype is False with rl: {rl}: TRL wraps the model and "
+            "chooses the deltas' dtype itself; drop it"
         )
 
 
@@ -109,6 +140,7 @@ def check_classes(cfg: dict) -> None:
             "itself; rename the column in the dataset"
         )
     for key, reason, mend in (
+        ("rl", "preference datasets lose their other columns", "give spft_importance_file"),
         (
             "sample_packing",
             "one row would hold several sequences, each of its own class",

@@ -1,0 +1,159 @@
+"""`rl: dpo`, `ipo`, `kto`, `orpo` and `simpo` through Axolotl.
+
+Invariants: the neurons are selected on the first preference batches before the first step; the
+reference is the base model at every step, also once the adapter has moved (losses are computed
+again from the files, by the formulas); precomputed reference log-probabilities give the same
+losses; a resumed run ends with the same bits; what is saved is the adapter alone, which loads,
+merges, and differs from the base in its rows only. Mistakes get one line.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from axolotl_runs import (
+    adapter_tensors,
+    call,
+    layers_of,
+    own_process_state,
+    preference_yaml,
+    same_batches,
+    same_tensors,
+    train,
+    with_delta,
+    write_rows,
+)
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch.nn.functional import logsigmoid
+
+from trainer_ext import SpftError
+
+BETA = 0.1
+FIRST_LOSS = {"dpo": math.log(2), "ipo": 1 / (4 * BETA**2), "kto": 0.5}
+LONG = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "rl_beta": BETA}
+
+
+@pytest.fixture(scope="module")
+def runs(assets, tmp_path_factory):
+    """One run of each method, made when it is first asked for."""
+    made = {}
+
+    def run(rl: str):
+        if rl not in made:
+            with own_process_state():
+                config = preference_yaml(assets, rl, **LONG)
+                made[rl] = train(config, tmp_path_factory.mktemp(rl) / "out")
+        return made[rl]
+
+    return run
+
+
+@pytest.mark.parametrize("rl", ["dpo", "ipo", "kto", "orpo", "simpo"])
+def test_trains_and_saves_the_adapter_alone(assets, runs, rl):
+    run = runs(rl)
+    assert run.trainer.state.global_step == len(run.batches) == 4
+    assert same_batches(run.calibration, run.batches[:2])
+    layers = layers_of(run.tensors)
+    assert len(layers) == 14
+    assert all(layer["weight"].any() and layer["selected"].all() for layer in layers.values())
+    if rl in FIRST_LOSS:  # rewards are zero where policy and reference are the same
+        assert run.losses[0] == pytest.approx(FIRST_LOSS[rl], rel=1e-6)
+    assert run.losses[1] != run.losses[0]
+
+    assert not list(run.out.glob("model*")), "frozen weights were saved"
+    assert (run.out / "spft_report.html").is_file()
+    loaded = PeftModel.from_pretrained(assets.base_model(), run.out).merge_and_unload()
+    expected = with_delta(assets, run.out)
+    assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
+
+
+def _log_probabilities(model, batch) -> torch.Tensor:
+    """Of every row's completion, its tokens' sum."""
+    tokens = batch["input_ids"]
+    with torch.no_grad():
+        logits = model(input_ids=tokens, attention_mask=batch["attention_mask"]).logits
+    chosen = logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    return (chosen * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def _loss(rl: str, policy, reference, batch) -> float:
+    ratios = _log_probabilities(policy, batch) - _log_probabilities(reference, batch)
+    if rl == "ipo":  # means over tokens instead of sums
+        ratios = ratios / batch["completion_mask"][:, 1:].sum(1)
+    chosen, rejected = ratios.chunk(2)
+    if rl == "ipo":
+        return float(((chosen - rejected - 1 / (2 * BETA)) ** 2).mean())
+    return float(-logsigmoid(BETA * (chosen - rejected)).mean())
+
+
+@pytest.mark.parametrize("rl", ["dpo", "ipo"])
+def test_the_reference_is_the_base_model_once_the_adapter_has_moved(assets, runs, rl):
+    run = runs(rl)
+    policy = assets.base_model()
+    policy.load_state_dict(with_delta(assets, run.out / "checkpoint-2"), strict=False)
+    loss = _loss(rl, policy.eval(), assets.base_model().eval(), run.batches[2])
+    assert abs(loss - FIRST_LOSS[rl]) > 1e-3
+    assert run.step_losses[2] == pytest.approx(loss, rel=1e-5)
+
+
+def test_precomputed_reference_gives_the_same_losses(assets, runs, tmp_path):
+    config = preference_yaml(assets, "dpo", **LONG, precompute_ref_log_probs=True)
+    run = train(config, tmp_path / "out")
+    assert "ref_chosen_logps" in run.batches[0]
+    assert run.losses == pytest.approx(runs("dpo").losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("rl", ["dpo", pytest.param("orpo", marks=pytest.mark.full)])
+def test_resumed_run_ends_with_the_same_bits(assets, runs, tmp_path, rl):
+    out = tmp_path / "out"
+    train(preference_yaml(assets, rl, **{**LONG, "max_steps": 2}), out)
+    config = preference_yaml(assets, rl, **LONG, auto_resume_from_checkpoints=True)
+    resumed = train(config, out)
+    assert resumed.calibration == []
+    assert len(resumed.batches) == 2
+    assert same_tensors(resumed.tensors, runs(rl).tensors)
+    assert not same_tensors(resumed.tensors, adapter_tensors(out / "checkpoint-2"))
+
+
+def test_merge_lora_changes_the_rows_alone(assets, runs):
+    from axolotl.cli.merge_lora import do_cli
+
+    out = runs("dpo").out
+    with own_process_state():
+        call(do_cli, preference_yaml(assets, "dpo", **LONG), out)
+    merged, expected = load_file(out / "merged" / "model.safetensors"), with_delta(assets, out)
+    assert same_tensors({name: merged[name] for name in expected}, expected)
+
+
+_UNPAIRED = [{"prompt": "a", "chosen": "b", "refused": "c"}]
+_MESSAGES = [{"messages": [{"role": "user", "content": "a"}], **_UNPAIRED[0]}]
+
+
+@pytest.mark.parametrize(
+    ("rl", "rows", "kind", "parts"),
+    [
+        ("dpo", _UNPAIRED, None, ["no column 'rejected'", "rl: dpo", "prompt, chosen, refused"]),
+        ("ipo", _MESSAGES, "chat_template.default", ["no column 'rejected'", "chat_template"]),
+        ("orpo", _UNPAIRED, None, ["no column 'rejected'", "rl: orpo"]),
+        ("kto", _UNPAIRED, None, ["no column 'completion'", "rl: kto", "prompt, chosen"]),
+        (
+            "kto",
+            [{"prompt": "a", "completion": "b"}],
+            None,
+            ["no column 'label'", "prompt, completion"],
+        ),
+    ],
+)
+def test_a_missing_column_is_named(assets, tmp_path, rl, rows, kind, parts):
+    write_rows(tmp_path / "rows.jsonl", rows)
+    dataset = {"path": str(tmp_path / "rows.jsonl"), "split": "train", "type": kind}
+    with pytest.raises(SpftError) as caught:
+        train(preference_yaml(assets, rl, datasets=[dataset]), tmp_path / "out")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"the dataset {dataset['path']} has" in message
+    for part in parts:
+        assert part in message
