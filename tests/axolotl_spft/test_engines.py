@@ -1,15 +1,23 @@
 """`axolotl train` of one YAML under DDP, ZeRO-2 (optimizer offloaded), ZeRO-3 and FSDP2 in two real
 processes ends as in one process on the same global batches: losses to 1e-5, adapters to 1e-4 of
-their norm; checkpoints are complete, and `auto_resume_from_checkpoints` goes on from the last
-complete one to the same bits. The workers assert engine, stage and world size."""
+their norm, for SFT and for `rl`; checkpoints are complete, and `auto_resume_from_checkpoints` goes
+on from the last complete one to the same bits. The workers assert engine, stage and world size."""
 
 from __future__ import annotations
 
 import json
+from functools import cache
 
 import pytest
 import torch
-from axolotl_runs import adapter_tensors, layers_of, same_tensors, spft_yaml, write_yaml
+from axolotl_runs import (
+    adapter_tensors,
+    layers_of,
+    preference_yaml,
+    same_tensors,
+    spft_yaml,
+    write_yaml,
+)
 from forked import launch
 
 from trainer_ext.checkpoints import what_is_missing
@@ -58,16 +66,38 @@ ENGINES = {
 }
 
 
+RUN = {
+    "max_steps": 4,
+    "micro_batch_size": 2,
+    "adam_epsilon": 1e-3,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    # on a CPU
+    "max_memory": {"cpu": "20GiB"},
+    "experimental_skip_move_to_device": True,
+}
+
+
 def configuration(assets, **changes) -> dict:
-    on_cpu = {"max_memory": {"cpu": "20GiB"}, "experimental_skip_move_to_device": True}
-    run = {"max_steps": 4, "micro_batch_size": 2, "adam_epsilon": 1e-3, "save_steps": 2}
-    return spft_yaml(assets, save_strategy="steps", **run, **on_cpu, **changes)
+    return spft_yaml(assets, **RUN, **changes)
 
 
 def train(engine: str, world: int, config: dict, out, attempt: str = "") -> list[dict]:
     yaml = write_yaml(config, out)
     folder = out.with_name(f"{out.name}.ranks{attempt}")
     return launch("axolotl_worker.py", folder, world, engine, str(yaml))
+
+
+def check_same_adapter(a: dict, b: dict) -> None:
+    for name, layer in layers_of(b).items():
+        here = layers_of(a)[name]
+        assert torch.equal(here["index"], layer["index"])
+        difference = (here["weight"] - layer["weight"]).norm() / layer["weight"].norm()
+        assert difference <= 1e-4, name
+
+
+def indices(tensors: dict) -> dict:
+    return {name: tensor for name, tensor in tensors.items() if name.endswith(".index")}
 
 
 @pytest.fixture(scope="module")
@@ -85,11 +115,7 @@ def test_the_run_is_that_of_one_process_and_resumes(assets, one, tmp_path, engin
         assert rank["losses"] == pytest.approx(one[0], rel=1e-5)
         assert rank["steps"] == 4
     final = adapter_tensors(out)
-    for name, layer in layers_of(one[1]).items():
-        here = layers_of(final)[name]
-        assert torch.equal(here["index"], layer["index"])
-        difference = (here["weight"] - layer["weight"]).norm() / layer["weight"].norm()
-        assert difference <= 1e-4, name
+    check_same_adapter(final, one[1])
     assert what_is_missing(out / "checkpoint-4") is None
 
     # a run that ended while it wrote checkpoint-4: Axolotl's own search would take that
@@ -99,3 +125,42 @@ def test_the_run_is_that_of_one_process_and_resumes(assets, one, tmp_path, engin
     for rank in train(engine, 2, config, out, "again"):
         assert rank["steps"] == 2
     assert same_tensors(adapter_tensors(out), final)
+
+
+@pytest.fixture(scope="module")
+def one_with(assets, tmp_path_factory):
+    """The run of one process with a method of preference training."""
+
+    @cache
+    def run(rl: str):
+        out = tmp_path_factory.mktemp(rl) / "out"
+        config = preference_yaml(assets, rl, **RUN, gradient_accumulation_steps=2)
+        return train("none", 1, config, out)[0]["losses"], adapter_tensors(out)
+
+    return run
+
+
+PREFERENCES = [("dpo", engine) for engine in ENGINES]
+PREFERENCES += [(rl, "ddp") for rl in ("ipo", "kto", "orpo", "simpo")]
+
+
+@pytest.mark.parametrize(
+    ("rl", "engine"),
+    [PREFERENCES[0], *(pytest.param(*case, marks=pytest.mark.full) for case in PREFERENCES[1:])],
+)
+def test_preference_training_is_that_of_one_process(assets, one_with, tmp_path, rl, engine):
+    out = tmp_path / "out"
+    config = preference_yaml(assets, rl, **RUN, **ENGINES[engine](tmp_path))
+    losses, tensors = one_with(rl)
+    # KTO's estimate of the divergence is taken over what all processes hold at a time, so its loss
+    # depends on their number once policy and reference differ
+    same = 1 if rl == "kto" else 4
+    for rank in train(engine, 2, config, out):
+        assert rank["losses"][:same] == pytest.approx(losses[:same], rel=1e-5)
+        assert rank["steps"] == 4
+    here = adapter_tensors(out)
+    if rl == "kto":
+        assert same_tensors(indices(here), indices(tensors))
+    else:
+        check_same_adapter(here, tensors)
+    assert not list(out.glob("model*")), "frozen weights were saved"
