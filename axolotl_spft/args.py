@@ -50,6 +50,7 @@ _PASSED_ON = (
     "density_pattern",
     "axis",
     "forward",
+    "quant_init",
     "seed",
 )
 
@@ -129,6 +130,11 @@ class SPFTArgs(BaseModel):
         default=None,
         description="auto, delta (adds the update's outputs), or write_through (the base weight's "
         "selected rows hold the update; needs whole weights). Default: auto.",
+    )
+    spft_quant_init: StrictStr | None = Field(
+        default=None,
+        description="How the trained neurons of a 4- or 8-bit base start: exact (from the original "
+        "rows in the checkpoint) or none (from the quantised ones). Default: exact.",
     )
     spft_target_modules: list[StrictStr] | StrictStr | None = Field(
         default=None,

@@ -18,8 +18,6 @@ def _size_above_one(value) -> bool:
 
 # key -> (when it is refused, why and what to do)
 _REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
-    "load_in_4bit": (bool, f"a 4-bit base {_NOT_YET}; drop it, or use adapter: qlora"),
-    "load_in_8bit": (bool, f"an 8-bit base {_NOT_YET}; drop it, or use adapter: lora"),
     "gptq": (bool, f"a GPTQ base {_NOT_YET}; use the unquantised model"),
     "qat": (bool, f"quantisation-aware training {_NOT_YET}; drop it"),
     "quantize_moe_experts": (bool, f"a quantised base {_NOT_YET}; drop it"),
@@ -72,6 +70,7 @@ def refuse_unsupported(cfg: dict) -> None:
             raise SpftError(f"{key} is {value!r}: {reason}")
     _refuse_unsupported_fsdp(cfg)
     _refuse_unsupported_with_rl(cfg)
+    _refuse_unsupported_quantisation(cfg)
     if cfg.get("merge_method") == "memory_efficient":
         raise SpftError(
             "merge_method is 'memory_efficient': Axolotl's shard-wise merge knows LoRA files only; "
@@ -98,6 +97,30 @@ def _refuse_unsupported_with_rl(cfg: dict) -> None:
         raise SpftError(
             f"peft_autocast_adapter_dtype is False with rl: {rl}: TRL wraps the model and "
             "chooses the deltas' dtype itself; drop it"
+        )
+
+
+def _refuse_unsupported_quantisation(cfg: dict) -> None:
+    bits = [key for key in ("load_in_4bit", "load_in_8bit") if cfg.get(key)]
+    if len(bits) == 2:
+        raise SpftError("load_in_4bit and load_in_8bit are both True; keep one")
+    if not bits:
+        if cfg.get("spft_quant_init") and not cfg.get("merge_lora"):
+            raise SpftError(
+                f"spft_quant_init is {cfg['spft_quant_init']!r} but the base is not quantised; "
+                "drop it, or set load_in_4bit: true"
+            )
+        return
+    if cfg.get("spft_forward") == "write_through":
+        raise SpftError(
+            f"spft_forward is 'write_through' with {bits[0]}: a quantised weight cannot hold an "
+            "update; drop spft_forward"
+        )
+    loftq = (cfg.get("peft") or {}).get("loftq_config")
+    if loftq:
+        raise SpftError(
+            f"peft.loftq_config is {dict(loftq)!r}: LoftQ initialises LoRA's factors; drop it (the "
+            "trained neurons start from their original rows, see spft_quant_init)"
         )
 
 

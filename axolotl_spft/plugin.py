@@ -15,6 +15,7 @@ from trainer_ext import SpftCallback, SpftError
 from trainer_ext.errors import in_plain_words
 from trainer_ext.tuner.model import default_task_type
 
+from . import quantised
 from .args import (
     in_yaml_words,
     read_args,
@@ -78,6 +79,8 @@ class SPFTPlugin(BasePlugin):
         refuse_unsupported(cfg)
         check_classes(cfg)
         warn_of_unused_lora_keys(cfg)
+        if quantised.is_quantised(cfg):
+            quantised.leave_room(cfg)
         # Axolotl's default merge reads LoRA files only.
         cfg["merge_method"] = "legacy"
 
@@ -94,6 +97,14 @@ class SPFTPlugin(BasePlugin):
         if cfg.rl:
             return load_preferences(cfg)
         return load_with_class_column(cfg) if calibrates_by_class(cfg) else None
+
+    def pre_model_load(self, cfg) -> None:
+        if cfg.adapter == ADAPTER and quantised.is_quantised(cfg):
+            quantised.fill_in(cfg)
+
+    def post_model_build(self, cfg, model) -> None:
+        if cfg.adapter == ADAPTER and quantised.is_quantised(cfg):
+            quantised.prepare(cfg, model)
 
     def load_adapter(self, model, cfg, inference: bool = False, config_only: bool = False):
         """Wrap the model with a fresh adapter, or with the one in `lora_model_dir`.
