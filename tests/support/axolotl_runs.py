@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import yaml
 from axolotl_once import freeze_after_first_run, import_once
+from quantised import save_base
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
@@ -29,12 +30,13 @@ WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
 class Assets:
     """A tiny model with its tokenizer, in fp32 and in bf16, and chat rows of differing length.
 
-    The preference pairs have a prompt, a chosen and a rejected answer; the judged answers a prompt,
-    a completion and a label.
+    The wide model's layers are those that 4 bits can hold; it is in bf16. The preference pairs have
+    a prompt, a chosen and a rejected answer; the judged answers a prompt, a completion and a label.
     """
 
     model: Path
     model_bf16: Path
+    model_wide: Path
     train: Path
     held: Path
     text: Path
@@ -51,6 +53,7 @@ def make_assets(folder: Path) -> Assets:
     assets = Assets(
         folder / "model",
         folder / "model_bf16",
+        folder / "model_wide",
         folder / "train.jsonl",
         folder / "held.jsonl",
         folder / "text.jsonl",
@@ -60,6 +63,7 @@ def make_assets(folder: Path) -> Assets:
     for path, dtype in ((assets.model, torch.float32), (assets.model_bf16, torch.bfloat16)):
         tiny_model(dtype=dtype).save_pretrained(path)
         byte_tokenizer().save_pretrained(path)
+    byte_tokenizer().save_pretrained(save_base(assets.model_wide))
     write_rows(assets.train, map(_chat_row, range(48)))
     write_rows(assets.held, map(_chat_row, range(100, 108)))
     write_rows(assets.text, ({"text": _answer(i)} for i in range(48)))
@@ -124,6 +128,12 @@ def spft_yaml(assets: Assets, **changes) -> dict:
         **changes,
     }
     return {key: value for key, value in config.items() if value is not None}
+
+
+def quantised_yaml(assets: Assets, bits: int, **changes) -> dict:
+    """`spft_yaml` on a base in 4 or 8 bits."""
+    keys = {"base_model": str(assets.model_wide), f"load_in_{bits}bit": True, "bf16": True}
+    return spft_yaml(assets, **{**keys, **changes})
 
 
 def preference_yaml(assets: Assets, rl: str, **changes) -> dict:
@@ -264,7 +274,7 @@ def adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def layers_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """An adapter file's tensors by layer name in the base model: weight, index, selected."""
+    """An adapter file's tensors by layer name in the base model, and there by kind."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.removeprefix("base_model.model.").partition(".spft_delta.")
@@ -274,11 +284,11 @@ def layers_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Ten
 
 
 def with_delta(assets: Assets, folder: Path, base: Path | None = None) -> dict[str, torch.Tensor]:
-    """The base file's tensors with the adapter's rows added, computed from the files alone."""
+    """The base file's tensors with the adapter's rows in them, computed from the files alone."""
     weights = load_file((base or assets.model) / "model.safetensors")
     for name, layer in layers_of(adapter_tensors(folder)).items():
         weight = weights[f"{name}.weight"]
-        rows = weight[layer["index"]].float() + layer["weight"]
+        rows = layer.get("anchor", weight[layer["index"]]).float() + layer["weight"]
         weight[layer["index"]] = rows.to(weight.dtype)
     return weights
 
