@@ -9,8 +9,6 @@ merges, and differs from the base in its rows only. Mistakes get one line.
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from axolotl_runs import (
@@ -26,13 +24,11 @@ from axolotl_runs import (
     write_rows,
 )
 from peft import PeftModel
+from preferences import BETA, FIRST_LOSS, preference_loss
 from safetensors.torch import load_file
-from torch.nn.functional import logsigmoid
 
 from trainer_ext import SpftError
 
-BETA = 0.1
-FIRST_LOSS = {"dpo": math.log(2), "ipo": 1 / (4 * BETA**2), "kto": 0.5}
 LONG = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "rl_beta": BETA}
 
 
@@ -70,31 +66,12 @@ def test_trains_and_saves_the_adapter_alone(assets, runs, rl):
     assert all(torch.equal(loaded.state_dict()[name], expected[name]) for name in expected)
 
 
-def _log_probabilities(model, batch) -> torch.Tensor:
-    """Of every row's completion, its tokens' sum."""
-    tokens = batch["input_ids"]
-    with torch.no_grad():
-        logits = model(input_ids=tokens, attention_mask=batch["attention_mask"]).logits
-    chosen = logits.log_softmax(-1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
-    return (chosen * batch["completion_mask"][:, 1:]).sum(1)
-
-
-def _loss(rl: str, policy, reference, batch) -> float:
-    ratios = _log_probabilities(policy, batch) - _log_probabilities(reference, batch)
-    if rl == "ipo":  # means over tokens instead of sums
-        ratios = ratios / batch["completion_mask"][:, 1:].sum(1)
-    chosen, rejected = ratios.chunk(2)
-    if rl == "ipo":
-        return float(((chosen - rejected - 1 / (2 * BETA)) ** 2).mean())
-    return float(-logsigmoid(BETA * (chosen - rejected)).mean())
-
-
 @pytest.mark.parametrize("rl", ["dpo", "ipo"])
 def test_the_reference_is_the_base_model_once_the_adapter_has_moved(assets, runs, rl):
     run = runs(rl)
     policy = assets.base_model()
     policy.load_state_dict(with_delta(assets, run.out / "checkpoint-2"), strict=False)
-    loss = _loss(rl, policy.eval(), assets.base_model().eval(), run.batches[2])
+    loss = preference_loss(rl, policy.eval(), assets.base_model().eval(), run.batches[2])
     assert abs(loss - FIRST_LOSS[rl]) > 1e-3
     assert run.step_losses[2] == pytest.approx(loss, rel=1e-5)
 
