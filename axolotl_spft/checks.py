@@ -49,8 +49,6 @@ _REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
         bool,
         "SPFT's reference is the model itself with the adapter off; drop it",
     ),
-    "reward_model": (bool, f"reward modelling {_NOT_YET}; drop it"),
-    "process_reward_model": (bool, f"reward modelling {_NOT_YET}; drop it"),
     "unfrozen_parameters": (
         bool,
         "it would train the base weights that SPFT keeps frozen; use lora_modules_to_save",
@@ -163,7 +161,9 @@ def check_classes(cfg: dict) -> None:
             "itself; rename the column in the dataset"
         )
     for key, reason, mend in (
-        ("rl", "preference datasets lose their other columns", "give spft_importance_file"),
+        ("rl", "preference datasets lose their other columns", "drop it"),
+        ("reward_model", "the rows of a batch are not those of the dataset", "drop it"),
+        ("process_reward_model", "the classes get lost", "drop it"),
         (
             "sample_packing",
             "one row would hold several sequences, each of its own class",

@@ -98,7 +98,7 @@ YAML_ROWS = [
     ),
     (
         {"rl": "dpo", "spft_importance": "quantile_mean", "spft_class_field": "topic"},
-        ["rl is 'dpo' with spft_importance: quantile_mean", "give spft_importance_file"],
+        ["rl is 'dpo' with spft_importance: quantile_mean", "drop it"],
     ),
     ({"merge_method": "memory_efficient"}, ["merge_method is", "drop merge_method"]),
     ({"adapter": None}, ["spft_", "adapter: None", "set adapter: prune_spft"]),
