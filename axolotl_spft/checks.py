@@ -114,6 +114,17 @@ def _refuse_unsupported_quantisation(cfg: dict) -> None:
             f"spft_forward is 'write_through' with {bits[0]}: a quantised weight cannot hold an "
             "update; drop spft_forward"
         )
+    fsdp = cfg.get("fsdp_config") or {}
+    if fsdp.get("cpu_ram_efficient_loading"):
+        raise SpftError(
+            f"fsdp_config.cpu_ram_efficient_loading is True with {bits[0]}: the processes that load "
+            "nothing have no values to quantise; set it to false"
+        )
+    if fsdp and cfg.get("rl"):
+        raise SpftError(
+            f"{bits[0]} is True with rl: {cfg['rl']} and FSDP2, which Axolotl does not allow; use "
+            "DeepSpeed"
+        )
     loftq = (cfg.get("peft") or {}).get("loftq_config")
     if loftq:
         raise SpftError(

@@ -66,6 +66,23 @@ YAML_ROWS = [
         {"load_in_4bit": True, "peft": {"loftq_config": {"loftq_bits": 4}}},
         ["peft.loftq_config is {'loftq_bits': 4}", "drop it"],
     ),
+    (
+        {
+            "load_in_8bit": True,
+            "fsdp_version": 2,
+            "fsdp_config": {"cpu_ram_efficient_loading": True},
+        },
+        ["fsdp_config.cpu_ram_efficient_loading is True with load_in_8bit", "set it to false"],
+    ),
+    (
+        {
+            "load_in_4bit": True,
+            "rl": "dpo",
+            "fsdp_version": 2,
+            "fsdp_config": {"reshard_after_forward": True},
+        },
+        ["load_in_4bit is True with rl: dpo and FSDP2", "use DeepSpeed"],
+    ),
     ({"spft_quant_init": "exact"}, ["spft_quant_init is 'exact'", "drop it", "load_in_4bit"]),
     (
         {"load_in_8bit": True, "spft_quant_init": "loftq"},
