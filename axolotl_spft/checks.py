@@ -117,7 +117,7 @@ def _refuse_unsupported_quantisation(cfg: dict) -> None:
     fsdp = cfg.get("fsdp_config") or {}
     if fsdp.get("cpu_ram_efficient_loading"):
         raise SpftError(
-            f"fsdp_config.cpu_ram_efficient_loading is True with {bits[0]}: the processes that load "
+            f"fsdp_config.cpu_ram_efficient_loading is True with {bits[0]}: processes that load "
             "nothing have no values to quantise; set it to false"
         )
     if fsdp and cfg.get("rl"):

@@ -22,11 +22,13 @@ from axolotl_runs import (
     train,
     with_delta,
     write_rows,
+    write_yaml,
 )
 from peft import PeftModel
 from preferences import BETA, FIRST_LOSS, preference_loss
 from safetensors.torch import load_file
 
+from axolotl_spft.calibrate import calibrate_yaml
 from trainer_ext import SpftError
 
 LONG = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "rl_beta": BETA}
@@ -103,6 +105,13 @@ def test_merge_lora_changes_the_rows_alone(assets, runs):
         call(do_cli, preference_yaml(assets, "dpo", **LONG), out)
     merged, expected = load_file(out / "merged" / "model.safetensors"), with_delta(assets, out)
     assert same_tensors({name: merged[name] for name in expected}, expected)
+
+
+def test_spft_calibrate_writes_the_scores_of_the_run(assets, runs, tmp_path):
+    yaml = write_yaml(preference_yaml(assets, "dpo", **LONG), tmp_path / "never")
+    calibrate_yaml(yaml, tmp_path / "scores")
+    of_the_run = runs("dpo").out / "spft_importance.safetensors"
+    assert same_tensors(load_file(tmp_path / "scores"), load_file(of_the_run))
 
 
 _UNPAIRED = [{"prompt": "a", "chosen": "b", "refused": "c"}]
