@@ -241,7 +241,7 @@ def start_config(cfg) -> SpftConfig:
 def yaml_names(cfg) -> dict[str, str]:
     """Fields of SpftConfig -> the YAML's keys that set them."""
     names = _YAML_NAMES | {"layers_to_transform": "peft_layers_to_transform"}
-    names |= {"layers_pattern": "peft_layers_pattern"}
+    names |= {"layers_pattern": "peft_layers_pattern", "start_adapter": "lora_model_dir"}
     if cfg.lora_target_modules and not cfg.spft_target_modules:
         names["target_modules"] = "lora_target_modules"
     if cfg.lora_r and cfg.spft_r is None and cfg.spft_density is None:

@@ -9,6 +9,8 @@ merges, and differs from the base in its rows only. Mistakes get one line.
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from axolotl_runs import (
@@ -143,3 +145,13 @@ def test_a_missing_column_is_named(assets, tmp_path, rl, rows, kind, parts):
     assert f"the dataset {dataset['path']} has" in message
     for part in parts:
         assert part in message
+
+
+def test_a_mistake_that_trl_meets_is_told_in_the_yamls_words(assets, tmp_path, capsys):
+    """TRL puts the adapter in, outside of the plugin's hooks."""
+    with pytest.raises(SpftError) as caught:
+        train(preference_yaml(assets, "dpo", spft_r=40), tmp_path / "out")
+    capsys.readouterr()
+    sys.excepthook(SpftError, caught.value, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("axolotl-spft: spft_r is 40 but layer model.layers.0")

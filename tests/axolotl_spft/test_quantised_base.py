@@ -9,6 +9,7 @@ loss is that of equal policy and reference.
 from __future__ import annotations
 
 import math
+import shutil
 import sys
 from unittest import mock
 
@@ -175,3 +176,28 @@ def test_dpo_over_a_quantised_base(assets, tmp_path, bits):
     assert run.losses[1] != run.losses[0]
     assert all("anchor" in layer for layer in layers_of(run.tensors).values())
     assert not list(run.out.glob("model*")), "frozen weights were saved"
+
+
+def test_training_goes_on_from_an_adapter_over_a_quantised_base(assets, runs, tmp_path):
+    config = quantised_yaml(assets, 4, spft_r=None, lora_model_dir=str(runs[4].out))
+    more = train(config, tmp_path / "out")
+    assert more.calibration == []
+    before = layers_of(runs[4].tensors)
+    for name, layer in layers_of(more.tensors).items():
+        assert torch.equal(layer["anchor"], before[name]["anchor"])
+        assert torch.equal(layer["index"], before[name]["index"])
+        assert not torch.equal(layer["weight"], before[name]["weight"])
+
+
+def test_a_checkpoint_without_original_rows_is_told_in_one_line(assets, tmp_path):
+    source = tmp_path / "model"
+    shutil.copytree(assets.model_wide, source)
+    (source / "model.safetensors").unlink()
+    torch.save(load_file(assets.model_wide / "model.safetensors"), source / "pytorch_model.bin")
+    with pytest.raises(SpftError) as caught:
+        train(quantised_yaml(assets, 4, base_model=str(source)), tmp_path / "out")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert message.startswith("spft_quant_init is 'exact' (the default of a quantised base), but")
+    assert "has no safetensors file" in message
+    assert "set spft_quant_init to 'none'" in message
