@@ -50,6 +50,7 @@ _PASSED_ON = (
     "density_pattern",
     "axis",
     "forward",
+    "quant_init",
     "seed",
 )
 
@@ -129,6 +130,11 @@ class SPFTArgs(BaseModel):
         default=None,
         description="auto, delta (adds the update's outputs), or write_through (the base weight's "
         "selected rows hold the update; needs whole weights). Default: auto.",
+    )
+    spft_quant_init: StrictStr | None = Field(
+        default=None,
+        description="How the trained neurons of a 4- or 8-bit base start: exact (from the original "
+        "rows in the checkpoint) or none (from the quantised ones). Default: exact.",
     )
     spft_target_modules: list[StrictStr] | StrictStr | None = Field(
         default=None,
@@ -222,10 +228,20 @@ def spft_config(cfg, model) -> SpftConfig:
     return config
 
 
+def start_config(cfg) -> SpftConfig:
+    """The SpftConfig of a run whose reference is the model with the adapter in `lora_model_dir`.
+
+    That adapter brings its own neurons and their number.
+    """
+    given = {name: cfg[f"spft_{name}"] for name in ("forward", "quant_init")}
+    given = {name: value for name, value in given.items() if value is not None}
+    return SpftConfig(start_adapter=cfg.lora_model_dir, **given)
+
+
 def yaml_names(cfg) -> dict[str, str]:
     """Fields of SpftConfig -> the YAML's keys that set them."""
     names = _YAML_NAMES | {"layers_to_transform": "peft_layers_to_transform"}
-    names |= {"layers_pattern": "peft_layers_pattern"}
+    names |= {"layers_pattern": "peft_layers_pattern", "start_adapter": "lora_model_dir"}
     if cfg.lora_target_modules and not cfg.spft_target_modules:
         names["target_modules"] = "lora_target_modules"
     if cfg.lora_r and cfg.spft_r is None and cfg.spft_density is None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from trainer_ext import SpftError
 
 from .class_column import calibrates_by_class
+from .preferences import METHODS, WITH_REFERENCE
 
 _NOT_YET = "is not supported with adapter: prune_spft yet"
 
@@ -17,8 +18,6 @@ def _size_above_one(value) -> bool:
 
 # key -> (when it is refused, why and what to do)
 _REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
-    "load_in_4bit": (bool, f"a 4-bit base {_NOT_YET}; drop it, or use adapter: qlora"),
-    "load_in_8bit": (bool, f"an 8-bit base {_NOT_YET}; drop it, or use adapter: lora"),
     "gptq": (bool, f"a GPTQ base {_NOT_YET}; use the unquantised model"),
     "qat": (bool, f"quantisation-aware training {_NOT_YET}; drop it"),
     "quantize_moe_experts": (bool, f"a quantised base {_NOT_YET}; drop it"),
@@ -42,9 +41,14 @@ _REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
     "sequence_parallel_degree": (_size_above_one, f"sequence parallelism {_NOT_YET}; set it to 1"),
     "dp_replicate_size": (_size_above_one, f"hybrid sharding {_NOT_YET}; set it to 1"),
     "expert_parallel_size": (_size_above_one, f"expert parallelism {_NOT_YET}; set it to 1"),
-    "rl": (bool, f"preference and reinforcement training {_NOT_YET}; use SFT data"),
-    "reward_model": (bool, f"reward modelling {_NOT_YET}; drop it"),
-    "process_reward_model": (bool, f"reward modelling {_NOT_YET}; drop it"),
+    "rl": (
+        lambda value: bool(value) and value not in METHODS,
+        f"it is not supported with adapter: prune_spft; allowed: {', '.join(METHODS)}",
+    ),
+    "rl_adapter_ref_model": (
+        bool,
+        "SPFT's reference is the model itself with the adapter off; drop it",
+    ),
     "unfrozen_parameters": (
         bool,
         "it would train the base weights that SPFT keeps frozen; use lora_modules_to_save",
@@ -63,10 +67,69 @@ def refuse_unsupported(cfg: dict) -> None:
         if value is not None and is_refused(value):
             raise SpftError(f"{key} is {value!r}: {reason}")
     _refuse_unsupported_fsdp(cfg)
+    _refuse_unsupported_with_rl(cfg)
+    _refuse_unsupported_quantisation(cfg)
     if cfg.get("merge_method") == "memory_efficient":
         raise SpftError(
             "merge_method is 'memory_efficient': Axolotl's shard-wise merge knows LoRA files only; "
             "drop merge_method (SPFT uses legacy, which merges exactly)"
+        )
+
+
+def _refuse_unsupported_with_rl(cfg: dict) -> None:
+    """Keys that Axolotl refuses by a traceback, or that TRL, which wraps the model, ignores."""
+    rl = cfg.get("rl")
+    if not rl:
+        return
+    if cfg.get("sample_packing"):
+        raise SpftError(
+            f"sample_packing is {cfg['sample_packing']!r} with rl: {rl}: preference pairs are not "
+            "packed; drop it"
+        )
+    if rl == "simpo" and cfg.get("simpo_gamma") is None:
+        raise SpftError(
+            "simpo_gamma is not set with rl: simpo, and Axolotl has no default for it; set "
+            "simpo_gamma: 0.5"
+        )
+    if rl in WITH_REFERENCE and cfg.get("peft_autocast_adapter_dtype") is False:
+        raise SpftError(
+            f"peft_autocast_adapter_dtype is False with rl: {rl}: TRL wraps the model and "
+            "chooses the deltas' dtype itself; drop it"
+        )
+
+
+def _refuse_unsupported_quantisation(cfg: dict) -> None:
+    bits = [key for key in ("load_in_4bit", "load_in_8bit") if cfg.get(key)]
+    if len(bits) == 2:
+        raise SpftError("load_in_4bit and load_in_8bit are both True; keep one")
+    if not bits:
+        if cfg.get("spft_quant_init") and not cfg.get("merge_lora"):
+            raise SpftError(
+                f"spft_quant_init is {cfg['spft_quant_init']!r} but the base is not quantised; "
+                "drop it, or set load_in_4bit: true"
+            )
+        return
+    if cfg.get("spft_forward") == "write_through":
+        raise SpftError(
+            f"spft_forward is 'write_through' with {bits[0]}: a quantised weight cannot hold an "
+            "update; drop spft_forward"
+        )
+    fsdp = cfg.get("fsdp_config") or {}
+    if fsdp.get("cpu_ram_efficient_loading"):
+        raise SpftError(
+            f"fsdp_config.cpu_ram_efficient_loading is True with {bits[0]}: processes that load "
+            "nothing have no values to quantise; set it to false"
+        )
+    if fsdp and cfg.get("rl"):
+        raise SpftError(
+            f"{bits[0]} is True with rl: {cfg['rl']} and FSDP2, which Axolotl does not allow; use "
+            "DeepSpeed"
+        )
+    loftq = (cfg.get("peft") or {}).get("loftq_config")
+    if loftq:
+        raise SpftError(
+            f"peft.loftq_config is {dict(loftq)!r}: LoftQ initialises LoRA's factors; drop it (the "
+            "trained neurons start from their original rows, see spft_quant_init)"
         )
 
 
@@ -109,6 +172,9 @@ def check_classes(cfg: dict) -> None:
             "itself; rename the column in the dataset"
         )
     for key, reason, mend in (
+        ("rl", "preference datasets lose their other columns", "drop it"),
+        ("reward_model", "the rows of a batch are not those of the dataset", "drop it"),
+        ("process_reward_model", "the classes get lost", "drop it"),
         (
             "sample_packing",
             "one row would hold several sequences, each of its own class",

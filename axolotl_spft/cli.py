@@ -1,4 +1,4 @@
-"""The `spft` command; `spft calibrate` is `axolotl spft-calibrate` as well."""
+"""The `spft` command; `spft calibrate` is `axolotl spft-calibrate` as well, and so is merge."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import click
 import yaml
 
-from trainer_ext import SpftError
+from trainer_ext import SpftError, merge_checkpoint
 
 from .calibrate import calibrate_yaml
 from .plugin import show_mistake
@@ -39,6 +39,24 @@ def calibrate(ctx: click.Context, config: str, output: str) -> None:
             f"{sum(scores.out_features.values())} neurons in {len(scores.scores)} layers "
             f"({scores.batches} batches)"
         )
+
+
+@main.command()
+@click.argument("adapter", type=click.Path())
+@click.option("-o", "--output", required=True, type=click.Path(), help="Folder to make.")
+@click.option("--base", help="Original checkpoint. Default: the one that the adapter names.")
+def merge(adapter: str, output: str, base: str | None) -> None:
+    """Merge an adapter into its base's original checkpoint, file by file.
+
+    No model is loaded, so memory is small whatever the size. An adapter over a 4- or 8-bit base is
+    merged into the 16-bit checkpoint.
+    """
+    try:
+        merge_checkpoint(adapter, output, base)
+    except SpftError as error:
+        show_mistake(error)
+        sys.exit(1)
+    click.echo(f"axolotl-spft: {output} has the merged model")
 
 
 def _overrides(arguments: list[str]) -> dict:

@@ -7,6 +7,7 @@ import sys
 
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
+from axolotl.utils.dict import DictDefault
 from peft import PeftModel, get_peft_model
 from tqdm import tqdm
 
@@ -14,10 +15,19 @@ from trainer_ext import SpftCallback, SpftError
 from trainer_ext.errors import in_plain_words
 from trainer_ext.tuner.model import default_task_type
 
-from .args import in_yaml_words, read_args, spft_config, warn_of_unused_lora_keys, yaml_names
+from . import quantised
+from .args import (
+    in_yaml_words,
+    read_args,
+    spft_config,
+    start_config,
+    warn_of_unused_lora_keys,
+    yaml_names,
+)
 from .checks import check_classes, refuse_unsupported
 from .class_column import calibrates_by_class, load_with_class_column
-from .saved import check_continued_adapter, check_resumed_adapter, settle_resuming
+from .preferences import WITH_REFERENCE, load_preferences, save_adapter_alone, starts_from_sft
+from .saved import check_continued_adapter, check_resumed_adapter, settle_merging, settle_resuming
 
 ADAPTER = "prune_spft"
 
@@ -55,7 +65,7 @@ class SPFTPlugin(BasePlugin):
 
     def register(self, cfg: dict) -> None:
         """Check the raw YAML, before Axolotl drops the keys that it does not know."""
-        _show_mistakes_in_one_line()
+        _show_mistakes_in_one_line(cfg)
         args = read_args(cfg)
         if cfg.get("adapter") != ADAPTER:
             used = sorted(args.model_fields_set)
@@ -69,6 +79,8 @@ class SPFTPlugin(BasePlugin):
         refuse_unsupported(cfg)
         check_classes(cfg)
         warn_of_unused_lora_keys(cfg)
+        if quantised.is_quantised(cfg):
+            quantised.leave_room(cfg)
         # Axolotl's default merge reads LoRA files only.
         cfg["merge_method"] = "legacy"
 
@@ -80,18 +92,35 @@ class SPFTPlugin(BasePlugin):
 
     def load_datasets(self, cfg, preprocess: bool = False):
         """Axolotl's own datasets, which keep the class column where quantile_mean needs it."""
-        if cfg.adapter == ADAPTER and calibrates_by_class(cfg):
-            return load_with_class_column(cfg)
-        return None
-
-    def load_adapter(self, model, cfg, inference: bool = False, config_only: bool = False):
-        """Wrap the model with a fresh adapter, or with the one in `lora_model_dir`."""
         if cfg.adapter != ADAPTER:
             return None
+        if cfg.rl:
+            return load_preferences(cfg)
+        return load_with_class_column(cfg) if calibrates_by_class(cfg) else None
+
+    def pre_model_load(self, cfg) -> None:
+        if cfg.adapter == ADAPTER and quantised.is_quantised(cfg):
+            quantised.fill_in(cfg)
+
+    def post_model_build(self, cfg, model) -> None:
+        if cfg.adapter == ADAPTER and quantised.is_quantised(cfg):
+            quantised.prepare(cfg, model)
+
+    def load_adapter(self, model, cfg, inference: bool = False, config_only: bool = False):
+        """Wrap the model with a fresh adapter, or with the one in `lora_model_dir`.
+
+        With `config_only` (`rl: dpo`, `ipo` and `kto`) TRL wraps it.
+        """
+        if cfg.adapter != ADAPTER:
+            return None
+        if config_only and starts_from_sft(cfg):
+            check_continued_adapter(cfg)
+            return None, start_config(cfg)
         options = {}
         if cfg.peft_autocast_adapter_dtype is not None:
             options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
         if cfg.lora_model_dir:
+            settle_merging(cfg)
             check_continued_adapter(cfg)
             model = PeftModel.from_pretrained(
                 model, cfg.lora_model_dir, is_trainable=not inference, **options
@@ -119,6 +148,8 @@ class SPFTPlugin(BasePlugin):
         settle_resuming(cfg)
         check_resumed_adapter(cfg, trainer.model.peft_config["default"])
         self.callback_class.attach(trainer, cfg)
+        if cfg.rl in WITH_REFERENCE:
+            save_adapter_alone(trainer)
         if cfg.fsdp_config:
             # After training Axolotl would look for a sharded model in the last checkpoint; what is
             # saved is the adapter, whole.
@@ -142,17 +173,18 @@ def show_mistake(error: SpftError) -> None:
     print(f"axolotl-spft: {error}", file=sys.stderr)
 
 
-def _show_mistakes_in_one_line() -> None:
-    """Print a user's mistake without a traceback when it ends the program."""
-    if getattr(sys.excepthook, "shows_spft_errors", False):
-        return
-    others = sys.excepthook
+def _show_mistakes_in_one_line(cfg: dict) -> None:
+    """Print a user's mistake without a traceback when it ends the program, in the YAML's words.
+
+    TRL puts adapters in outside of our hooks, so this is where those mistakes get the YAML's words.
+    """
+    others = getattr(sys.excepthook, "others", sys.excepthook)
 
     def hook(kind, error, traceback):
         if issubclass(kind, SpftError):
-            show_mistake(error)
+            show_mistake(error.renamed(yaml_names(DictDefault(cfg))))
         else:
             others(kind, error, traceback)
 
-    hook.shows_spft_errors = True
+    hook.others = others
     sys.excepthook = hook

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from peft import PeftConfig
 
@@ -32,6 +33,17 @@ def check_continued_adapter(cfg) -> None:
                 "lora_model_dir"
             )
     _warn_of_other_neurons(cfg, saved)
+
+
+def settle_merging(cfg) -> None:
+    """Let `axolotl merge-lora` of a YAML that began with the adapter in `lora_model_dir` merge what
+    was trained from it; Axolotl would merge what is named, which is the beginning."""
+    made = cfg.output_dir
+    if not cfg.merge_lora or not Path(made or "", "adapter_config.json").is_file():
+        return
+    if getattr(PeftConfig.from_pretrained(made), "start_adapter", None) == cfg.lora_model_dir:
+        logger.warning("merging %s, which was trained from %s", made, cfg.lora_model_dir)
+        cfg.lora_model_dir = made
 
 
 def _warn_of_other_neurons(cfg, saved: SpftConfig) -> None:

@@ -53,8 +53,41 @@ YAML_ROWS = [
     ({"spft_r_pattern": {"q_proj": 0}}, ["'q_proj'", "spft_r_pattern is 0", "at least 1"]),
     ({"spft_r_pattern": {"(": 3}}, ["spft_r_pattern has '('", "regular expression"]),
     ({"spft_density_pattern": {"q_proj": 2}}, ["spft_density_pattern is 2", "up to 1"]),
-    ({"load_in_4bit": True}, ["load_in_4bit is True", "drop it", "qlora"]),
-    ({"load_in_8bit": True}, ["load_in_8bit is True", "drop it", "lora"]),
+    ({"gptq": True}, ["gptq is True", "use the unquantised model"]),
+    (
+        {"load_in_4bit": True, "load_in_8bit": True},
+        ["load_in_4bit and load_in_8bit are both True", "keep one"],
+    ),
+    (
+        {"load_in_4bit": True, "spft_forward": "write_through"},
+        ["spft_forward is 'write_through' with load_in_4bit", "drop spft_forward"],
+    ),
+    (
+        {"load_in_4bit": True, "peft": {"loftq_config": {"loftq_bits": 4}}},
+        ["peft.loftq_config is {'loftq_bits': 4}", "drop it"],
+    ),
+    (
+        {
+            "load_in_8bit": True,
+            "fsdp_version": 2,
+            "fsdp_config": {"cpu_ram_efficient_loading": True},
+        },
+        ["fsdp_config.cpu_ram_efficient_loading is True with load_in_8bit", "set it to false"],
+    ),
+    (
+        {
+            "load_in_4bit": True,
+            "rl": "dpo",
+            "fsdp_version": 2,
+            "fsdp_config": {"reshard_after_forward": True},
+        },
+        ["load_in_4bit is True with rl: dpo and FSDP2", "use DeepSpeed"],
+    ),
+    ({"spft_quant_init": "exact"}, ["spft_quant_init is 'exact'", "drop it", "load_in_4bit"]),
+    (
+        {"load_in_8bit": True, "spft_quant_init": "loftq"},
+        ["spft_quant_init is 'loftq'", "allowed: exact, none"],
+    ),
     ({"loraplus_lr_ratio": 16}, ["loraplus_lr_ratio is 16", "drop it"]),
     ({"lora_mlp_kernel": True}, ["lora_mlp_kernel is True", "drop it"]),
     ({"peft_use_dora": True}, ["peft_use_dora is True", "drop it"]),
@@ -72,7 +105,18 @@ YAML_ROWS = [
         {"lr_groups": [{"name": "a", "modules": ["q_proj"], "lr": 0.1}]},
         ["lr_groups is [", "use learning_rate alone"],
     ),
-    ({"rl": "dpo"}, ["rl is 'dpo'", "use SFT data"]),
+    ({"rl": "grpo"}, ["rl is 'grpo'", "allowed: dpo, ipo, kto, orpo, simpo"]),
+    ({"rl": "simpo"}, ["simpo_gamma is not set", "set simpo_gamma: 0.5"]),
+    ({"rl": "dpo", "sample_packing": True}, ["sample_packing is True", "rl: dpo", "drop it"]),
+    ({"rl": "dpo", "rl_adapter_ref_model": True}, ["rl_adapter_ref_model is True", "drop it"]),
+    (
+        {"rl": "ipo", "peft_autocast_adapter_dtype": False},
+        ["peft_autocast_adapter_dtype is False", "rl: ipo", "drop it"],
+    ),
+    (
+        {"rl": "dpo", "spft_importance": "quantile_mean", "spft_class_field": "topic"},
+        ["rl is 'dpo' with spft_importance: quantile_mean", "drop it"],
+    ),
     ({"merge_method": "memory_efficient"}, ["merge_method is", "drop merge_method"]),
     ({"adapter": None}, ["spft_", "adapter: None", "set adapter: prune_spft"]),
     ({"adapter": "lora", "lora_r": 4}, ["spft_", "adapter: lora", "set adapter: prune_spft"]),
@@ -236,8 +280,8 @@ def test_every_key_is_a_field_of_the_config():
     assert all(key.startswith("spft_") for key in SPFTArgs.model_fields)
     fields = set(SpftConfig.__dataclass_fields__)
     assert keys <= fields
-    # these have keys in Axolotl itself: peft_layers_*, lora_modules_to_save
-    elsewhere = {"layers_to_transform", "layers_pattern", "modules_to_save"}
-    filled_in = {"allocated"}
+    # these have keys in Axolotl itself: peft_layers_*, lora_modules_to_save, lora_model_dir
+    elsewhere = {"layers_to_transform", "layers_pattern", "modules_to_save", "start_adapter"}
+    filled_in = {"allocated", "anchor"}
     own = fields - set(SpftConfig.__mro__[1].__dataclass_fields__) - elsewhere - filled_in
     assert keys == own

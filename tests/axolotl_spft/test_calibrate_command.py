@@ -23,7 +23,7 @@ from click.testing import CliRunner
 
 from axolotl_spft import SPFTPlugin
 from axolotl_spft.calibrate import calibrate_yaml
-from axolotl_spft.cli import calibrate, main
+from axolotl_spft.cli import calibrate, main, merge
 from trainer_ext import ImportanceScores, SpftError
 from trainer_ext.files import read_tensors
 from trainer_ext.importance.group_taylor import GroupTaylor
@@ -134,7 +134,7 @@ def test_keys_can_be_replaced(assets, tmp_path):
 
 
 def test_promised_commands(assets, tmp_path, monkeypatch):
-    """`spft` and `axolotl spft-calibrate` are what pyproject.toml says they are."""
+    """`spft` and the commands of `axolotl` are what pyproject.toml says they are."""
     from axolotl.cli import plugins
 
     project = tomllib.loads(PYPROJECT.read_text())["project"]
@@ -149,6 +149,7 @@ def test_promised_commands(assets, tmp_path, monkeypatch):
     monkeypatch.setattr(plugins, "entry_points", lambda group: found)
     group = plugins.PluginCommandGroup(name="axolotl")
     assert group.get_command(None, "spft-calibrate").resolve() is calibrate
+    assert group.get_command(None, "spft-merge").resolve() is merge
     yaml = write_yaml(spft_yaml(assets, spft_importance="magnitude"), tmp_path / "never")
     options = ["-o", tmp_path / "scores", "--spft-r=3"]
     done = run("spft-calibrate", yaml, *options, command=group)

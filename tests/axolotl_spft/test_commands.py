@@ -14,13 +14,13 @@ import sys
 import pytest
 import torch
 from axolotl_runs import (
-    adapter_tensors,
     call,
     layers_of,
     own_process_state,
     same_tensors,
     spft_yaml,
     train,
+    with_delta,
     with_evaluation,
 )
 from safetensors.torch import load_file
@@ -35,16 +35,6 @@ def trained(assets, tmp_path_factory):
     with own_process_state():
         config = spft_yaml(assets, **with_evaluation(assets), **LONG)
         return train(config, tmp_path_factory.mktemp("trained") / "out").out
-
-
-def _with_delta(assets, folder, base=None) -> dict[str, torch.Tensor]:
-    """The base file's tensors with the adapter's rows added, computed from the files alone."""
-    weights = load_file((base or assets.model) / "model.safetensors")
-    for name, layer in layers_of(adapter_tensors(folder)).items():
-        weight = weights[f"{name}.weight"]
-        rows = weight[layer["index"]].float() + layer["weight"]
-        weight[layer["index"]] = rows.to(weight.dtype)
-    return weights
 
 
 def test_preprocess_prepares_what_train_uses(assets, tmp_path):
@@ -87,7 +77,7 @@ def test_evaluate_shows_the_base_model_or_the_adapter(assets, tmp_path, trained)
 
     merged = tmp_path / "merged_by_hand"
     model = assets.base_model()
-    model.load_state_dict(_with_delta(assets, trained), strict=False)
+    model.load_state_dict(with_delta(assets, trained), strict=False)
     model.save_pretrained(merged)
     byte_tokenizer().save_pretrained(merged)
     expected = _evaluate({**bare, "base_model": str(merged)}, tmp_path / "by_hand")
@@ -130,7 +120,7 @@ def test_inference_speaks_as_the_base_model_or_the_adapter(
     config = spft_yaml(assets, **({"lora_model_dir": str(trained)} if with_adapter else {}))
     printed = _say(config, tmp_path / "out", monkeypatch, capsys)
     base, adapted = assets.base_model(), assets.base_model()
-    adapted.load_state_dict(_with_delta(assets, trained), strict=False)
+    adapted.load_state_dict(with_delta(assets, trained), strict=False)
     said_by_base, said_by_adapted = _expected_text(base), _expected_text(adapted)
     assert said_by_base != said_by_adapted
     assert (said_by_adapted in printed) == with_adapter
@@ -148,7 +138,7 @@ def test_merge_lora_changes_the_selected_rows_only(assets, tmp_path, precision):
         call(do_cli, config, tmp_path / "out")
 
     merged = load_file(run.out / "merged" / "model.safetensors")
-    assert same_tensors(merged, _with_delta(assets, run.out, base))
+    assert same_tensors(merged, with_delta(assets, run.out, base))
     before, layers = load_file(base / "model.safetensors"), layers_of(run.tensors)
     for name, tensor in before.items():
         same_rows = (merged[name] == tensor).all(dim=-1)
@@ -168,4 +158,4 @@ def test_merge_lora_merges_the_named_folder(assets, tmp_path, trained):
 
     call(do_cli, spft_yaml(assets), tmp_path / "elsewhere", lora_model_dir=str(trained))
     merged = load_file(tmp_path / "elsewhere" / "merged" / "model.safetensors")
-    assert same_tensors(merged, _with_delta(assets, trained))
+    assert same_tensors(merged, with_delta(assets, trained))

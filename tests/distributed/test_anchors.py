@@ -97,4 +97,4 @@ def test_over_a_quantised_base(base, one_quantised, tmp_path, case):
 def test_8_bits_under_fsdp2_are_refused(base, tmp_path):
     for ended in start("fsdp2", 2, base, tmp_path / "out", steps=STEPS, bits=8):
         assert ended.code
-        assert "in 8 bits, which bitsandbytes cannot compute with under FSDP2" in ended.stderr
+        assert "in 8 bits, which bitsandbytes cannot compute with under plain FSDP2" in ended.stderr

@@ -8,7 +8,7 @@ YAML and its SPFT twin differ in two keys.
 from __future__ import annotations
 
 import pytest
-from axolotl_runs import layers_of, train
+from axolotl_runs import layers_of, own_process_state, train
 from examples import FOLDER, PATHS, ROOT, engine_of, read, tiny
 
 from axolotl_spft import SPFTArgs
@@ -23,8 +23,13 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("path", ALONE, ids=lambda path: path.name)
 def test_example_trains(assets, tmp_path, path):
-    example = read(path)
-    run = train(tiny(example, assets), tmp_path / "out")
+    example, config = read(path), tiny(read(path), assets)
+    if "lora_model_dir" in example:
+        before = next(p for p in ALONE if read(p)["output_dir"] == example["lora_model_dir"])
+        config["lora_model_dir"] = str(tmp_path / "before")
+        with own_process_state():
+            train(tiny(read(before), assets), tmp_path / "before")
+    run = train(config, tmp_path / "out")
     if example["adapter"] == "lora":
         assert all(tensor.any() for name, tensor in run.tensors.items() if "lora_B" in name)
         return

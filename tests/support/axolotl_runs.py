@@ -5,6 +5,7 @@ Axolotl is not imported before the first run, so that tests of trainer_ext alone
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from unittest import mock
 import torch
 import yaml
 from axolotl_once import freeze_after_first_run, import_once
+from quantised import save_base
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
@@ -26,13 +28,20 @@ WORDS = ("alpha", "beta", "gamma", "delta", "epsilon")
 
 @dataclass(frozen=True)
 class Assets:
-    """A tiny model with its tokenizer, in fp32 and in bf16, and chat rows of differing length."""
+    """A tiny model with its tokenizer, in fp32 and in bf16, and chat rows of differing length.
+
+    The wide model's layers are those that 4 bits can hold; it is in bf16. The preference pairs have
+    a prompt, a chosen and a rejected answer; the judged answers a prompt, a completion and a label.
+    """
 
     model: Path
     model_bf16: Path
+    model_wide: Path
     train: Path
     held: Path
     text: Path
+    pairs: Path
+    judged: Path
 
     def base_model(self, folder: str | Path | None = None):
         """The base model, loaded by transformers alone."""
@@ -44,29 +53,50 @@ def make_assets(folder: Path) -> Assets:
     assets = Assets(
         folder / "model",
         folder / "model_bf16",
+        folder / "model_wide",
         folder / "train.jsonl",
         folder / "held.jsonl",
         folder / "text.jsonl",
+        folder / "pairs.jsonl",
+        folder / "judged.jsonl",
     )
     for path, dtype in ((assets.model, torch.float32), (assets.model_bf16, torch.bfloat16)):
         tiny_model(dtype=dtype).save_pretrained(path)
         byte_tokenizer().save_pretrained(path)
-    assets.train.write_text("".join(_chat_row(i) for i in range(48)))
-    assets.held.write_text("".join(_chat_row(i) for i in range(100, 108)))
-    assets.text.write_text("".join(json.dumps({"text": _answer(i)}) + "\n" for i in range(48)))
+    byte_tokenizer().save_pretrained(save_base(assets.model_wide))
+    write_rows(assets.train, map(_chat_row, range(48)))
+    write_rows(assets.held, map(_chat_row, range(100, 108)))
+    write_rows(assets.text, ({"text": _answer(i)} for i in range(48)))
+    write_rows(assets.pairs, map(pair, range(48)))
+    write_rows(assets.judged, map(_judged, range(48)))
     return assets
+
+
+def write_rows(path: Path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def pair(i: int) -> dict:
+    """A preference pair, whose rejected answer is another row's chosen one."""
+    return {"prompt": f"say {WORDS[i % 5]} {i}", "chosen": _answer(i), "rejected": _answer(i + 1)}
+
+
+def _judged(i: int) -> dict:
+    answers = pair(i)
+    answer = answers["rejected" if i % 2 else "chosen"]
+    return {"prompt": answers["prompt"], "completion": answer, "label": i % 2 == 0}
 
 
 def _answer(i: int) -> str:
     return " ".join([WORDS[i % 5]] * (1 + i % 4))
 
 
-def _chat_row(i: int) -> str:
+def _chat_row(i: int) -> dict:
     messages = [
         {"role": "user", "content": f"say {WORDS[i % 5]} {i}"},
         {"role": "assistant", "content": _answer(i)},
     ]
-    return json.dumps({"messages": messages}) + "\n"
+    return {"messages": messages}
 
 
 def spft_yaml(assets: Assets, **changes) -> dict:
@@ -98,6 +128,23 @@ def spft_yaml(assets: Assets, **changes) -> dict:
         **changes,
     }
     return {key: value for key, value in config.items() if value is not None}
+
+
+def quantised_yaml(assets: Assets, bits: int, **changes) -> dict:
+    """`spft_yaml` on a base in 4 or 8 bits."""
+    keys = {"base_model": str(assets.model_wide), f"load_in_{bits}bit": True, "bf16": True}
+    return spft_yaml(assets, **{**keys, **changes})
+
+
+def preference_yaml(assets: Assets, rl: str, **changes) -> dict:
+    """`spft_yaml` for preference training."""
+    rows = assets.judged if rl == "kto" else assets.pairs
+    keys = {"datasets": [{"path": str(rows), "split": "train"}], "rl": rl}
+    if rl == "kto":
+        keys["remove_unused_columns"] = False  # Axolotl demands it
+    if rl == "simpo":
+        keys["simpo_gamma"] = 0.5
+    return spft_yaml(assets, **{**keys, **changes})
 
 
 def lora_yaml(assets: Assets, **changes) -> dict:
@@ -174,7 +221,7 @@ class Run:
                 in_step.pop()
 
         def recording_loss(model, inputs, *args, **kwargs):
-            batch = {name: tensor.clone() for name, tensor in inputs.items()}
+            batch = copy.deepcopy(dict(inputs))
             loss = compute_loss(model, inputs, *args, **kwargs)
             if in_step:
                 self.batches.append(batch)
@@ -227,13 +274,23 @@ def adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:
 
 
 def layers_of(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
-    """An adapter file's tensors by layer name in the base model: weight, index, selected."""
+    """An adapter file's tensors by layer name in the base model, and there by kind."""
     layers: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         name, _, kind = key.removeprefix("base_model.model.").partition(".spft_delta.")
         if kind:
             layers.setdefault(name, {})[kind] = tensor
     return layers
+
+
+def with_delta(assets: Assets, folder: Path, base: Path | None = None) -> dict[str, torch.Tensor]:
+    """The base file's tensors with the adapter's rows in them, computed from the files alone."""
+    weights = load_file((base or assets.model) / "model.safetensors")
+    for name, layer in layers_of(adapter_tensors(folder)).items():
+        weight = weights[f"{name}.weight"]
+        rows = layer.get("anchor", weight[layer["index"]]).float() + layer["weight"]
+        weight[layer["index"]] = rows.to(weight.dtype)
+    return weights
 
 
 def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -245,7 +302,13 @@ def same_tensors(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool
 
 def same_batches(a: list[dict], b: list[dict]) -> bool:
     """Whether two recordings hold the same bits in the same order."""
-    return len(a) == len(b) and all(map(same_tensors, a, b))
+    tensors = [[_tensors(batch) for batch in batches] for batches in (a, b)]
+    return len(a) == len(b) and all(map(same_tensors, *tensors))
+
+
+def _tensors(batch: dict) -> dict[str, torch.Tensor]:
+    """A preference batch also holds its texts."""
+    return {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
 @contextmanager

@@ -34,10 +34,11 @@ def tiny(example: dict, assets: Assets) -> dict:
     """The example on the tiny model, with two steps on two cores; everything else is its own."""
     # bf16 on a CPU is what our plugin lets Axolotl do
     bf16 = bool(example.get("bf16")) and example["adapter"] != "lora"
+    rows = assets.pairs if "rl" in example else assets.train
     config = {
         **example,
-        "base_model": str(assets.model_bf16 if bf16 else assets.model),
-        "datasets": [_here(source, assets.train) for source in example["datasets"]],
+        "base_model": str(_model(example, assets, bf16)),
+        "datasets": [_here(source, rows) for source in example["datasets"]],
         # one for all: saving it starts a process from nothing
         "dataset_prepared_path": str(assets.model.parent / "prepared"),
         "sequence_len": 96,
@@ -59,12 +60,18 @@ def tiny(example: dict, assets: Assets) -> dict:
         config["val_set_size"] = 4
     if "lora_r" in example:
         config["lora_r"] = 4
-    elif "spft_density" not in example:
+    elif "spft_density" not in example and "lora_model_dir" not in example:
         config["spft_r"] = 4
     if example["adapter"] == "lora":  # its kernels, which Axolotl turns on, need a GPU
         config |= {f"lora_{part}_kernel": False for part in ("mlp", "qkv", "o", "embedding")}
     dropped = ("save_steps", "num_epochs")
     return {k: v for k, v in config.items() if k not in dropped}
+
+
+def _model(example: dict, assets: Assets, bf16: bool) -> Path:
+    if example.get("load_in_4bit"):
+        return assets.model_wide
+    return assets.model_bf16 if bf16 else assets.model
 
 
 def _here(source: dict, path: Path) -> dict:

@@ -1,12 +1,16 @@
-"""DPO written out by hand on plain dense models: no PEFT, no TRL."""
+"""The losses of preference training, written out on plain dense models: no PEFT, no TRL."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from oracles import rows_of
 from torch.nn.functional import logsigmoid
 
 BETA = 0.1
+# where policy and reference are the same
+FIRST_LOSS = {"dpo": math.log(2), "ipo": 1 / (4 * BETA**2), "kto": 0.5}
 
 
 def log_probs(model, batch: dict) -> torch.Tensor:
@@ -17,12 +21,23 @@ def log_probs(model, batch: dict) -> torch.Tensor:
     return (each * batch["completion_mask"][:, 1:]).sum(dim=1)
 
 
-def dpo_loss(model, batch: dict, reference: torch.nn.Module) -> torch.Tensor:
-    """-log sigmoid(beta ((pi_c - ref_c) - (pi_r - ref_r))), mean over pairs; chosen rows first."""
+def preference_loss(rl: str, model, batch: dict, reference: torch.nn.Module) -> torch.Tensor:
+    """Of DPO: -log sigmoid(beta ((pi_c - ref_c) - (pi_r - ref_r))), of IPO its squared form on
+    means over tokens; mean over the pairs of a batch that holds the chosen rows first."""
     with torch.no_grad():
         reference_logs = log_probs(reference, batch)
-    chosen, rejected = (log_probs(model, batch) - reference_logs).chunk(2)
+    ratios = log_probs(model, batch) - reference_logs
+    if rl == "ipo":
+        ratios = ratios / batch["completion_mask"][:, 1:].sum(1)
+    chosen, rejected = ratios.chunk(2)
+    if rl == "ipo":
+        return ((chosen - rejected - 1 / (2 * BETA)) ** 2).mean()
     return -logsigmoid(BETA * (chosen - rejected)).mean()
+
+
+def dpo_loss(model, batch: dict, reference: torch.nn.Module) -> torch.Tensor:
+    """`preference_loss` of DPO."""
+    return preference_loss("dpo", model, batch, reference)
 
 
 @torch.no_grad()

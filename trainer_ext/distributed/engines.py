@@ -74,12 +74,13 @@ def refuse_unsupported_engine(trainer: Trainer) -> None:
     """
     engine = Engine.of(trainer)
     if engine.kind == "fsdp2":
-        # FSDP2 puts plain parameters in the places of those that hold bitsandbytes' scales.
-        kinds = {type(module).__name__ for module in trainer.model.modules()}
-        if "Linear8bitLt" in kinds:
+        # FSDP2 puts plain parameters in the places of those that hold bitsandbytes' scales, unless
+        # somebody has taught it otherwise, as Axolotl does.
+        layers = (m for m in trainer.model.modules() if type(m).__name__ == "Linear8bitLt")
+        if any(type(layer.weight).__name__ != "Int8Params" for layer in layers):
             raise SpftError(
-                "the base is loaded in 8 bits, which bitsandbytes cannot compute with under FSDP2; "
-                "load it in 4 bits, or use DDP or DeepSpeed"
+                "the base is loaded in 8 bits, which bitsandbytes cannot compute with under plain "
+                "FSDP2; load it in 4 bits, or use DDP, DeepSpeed or Axolotl"
             )
     if engine.kind != "deepspeed":
         return
