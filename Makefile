@@ -8,8 +8,8 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart test test-distributed lint format benchmark benchmark-step \
-    benchmark-calibration clean
+.PHONY: install quickstart dpo test test-distributed lint format benchmark benchmark-step \
+    benchmark-calibration benchmark-quantised clean
 
 # The stamp is written last: an interrupted install is not taken for a finished one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ install: $(VENV)/.installed
 
 quickstart: install
 	$(BIN)/python quickstart/run.py
+
+# After the quickstart's model: DPO on pairs derived from its data.
+dpo: install
+	$(BIN)/python quickstart/dpo.py
 
 lint: install
 	$(BIN)/ruff check .
@@ -50,5 +54,9 @@ benchmark-step: install
 benchmark-calibration: install
 	$(BIN)/python benchmarks/calibration.py
 
+# After the quickstart: SPFT over a 4-bit base beside QLoRA and LoftQ.
+benchmark-quantised: install
+	$(BIN)/python benchmarks/quantised.py
+
 clean:
-	rm -rf $(VENV) quickstart/cache quickstart/output quickstart/result.json
+	rm -rf $(VENV) quickstart/cache quickstart/output quickstart/output-dpo quickstart/result.json

@@ -3,7 +3,7 @@
 Prepares model and pairs, trains by `SpftDPOTrainer`, and prints on held-out pairs how often the
 reward of the right answer is the higher one, with its 95 % interval, beside chance and the start.
 
-Usage: python quickstart/dpo.py [--max-steps 40] [--output quickstart/output-dpo]
+Usage: python quickstart/dpo.py [--max-steps 40] [--r 64] [--output quickstart/output-dpo]
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ ROWS = 8
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-steps", type=int, default=40)
+    parser.add_argument("--r", type=int, default=64, help="neurons trained in each layer")
     parser.add_argument("--output", type=Path, default=FOLDER / "output-dpo")
     options = parser.parse_args(arguments)
     code = prepare_model.main([])
@@ -63,7 +64,7 @@ def main(arguments: list[str] | None = None) -> int:
         ),
         train_dataset=Dataset.from_list(train),
         processing_class=tokenizer,
-        spft_config=SpftConfig(r=64, calibration_batches=4),
+        spft_config=SpftConfig(r=options.r, calibration_batches=4),
     )
     trainer.train()
     trainer.save_model()
