@@ -4,7 +4,7 @@ The quickstart's model in NF4 (double quantisation, bf16 arithmetic), its data, 
 parameters and as many tokens in the same order for every method. Each method is trained at each
 learning rate with the first seed, and with the other seeds at the best of them.
 
-    python benchmarks/quantised.py [--seeds 42 43 44] [--steps 20]       # after make quickstart
+    python benchmarks/quantised.py [--seeds 42 43 44] [--steps 12]       # after make quickstart
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CACHE = ROOT / "quickstart" / "cache"
 R = 64  # neurons a layer, as in the quickstart
 ROWS = 4  # of a step
 CALIBRATION_BATCHES = 4
-HELD_OUT = 64
+HELD_OUT = 48
 LOFTQ_ITERATIONS = 5  # of the LoftQ paper
 LEARNING_RATES = (1e-3, 3e-3)
 
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42, 43, 44])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--steps", type=positive, default=20)
+    parser.add_argument("--steps", type=positive, default=12)
     parser.add_argument("--model", type=Path, default=CACHE / "model")
     parser.add_argument("--data", type=Path, default=CACHE / "data")
     parser.add_argument("--output-dir", type=Path, default=ROOT / "benchmarks" / "results")
@@ -59,10 +59,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("the quickstart's model or data are not there; run make quickstart first")
     runs: list[dict] = []
     for method in args.methods:
+        kept: dict = {}
         best = None
         for seed in args.seeds:
             for rate in LEARNING_RATES if best is None else (best,):
-                runs.append(run(method, seed, rate, args))
+                runs.append(run(method, seed, rate, args, kept))
                 print(json.dumps(runs[-1]), flush=True)
             if best is None:
                 best = min(runs[-len(LEARNING_RATES) :], key=lambda r: r["after"])["rate"]
@@ -81,8 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def run(method: str, seed: int, rate: float, args: argparse.Namespace) -> dict:
-    """Train one method once; losses in nats a token of the held-out answers."""
+def run(method: str, seed: int, rate: float, args: argparse.Namespace, kept: dict) -> dict:
+    """Train one method once; losses in nats a token of the held-out answers.
+
+    Args:
+        kept: what depends on less than that, from one run of the method to the next.
+    """
     torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     chats = [json.loads(line)["messages"] for line in _lines(args.data / "train.jsonl")]
@@ -92,7 +97,7 @@ def run(method: str, seed: int, rate: float, args: argparse.Namespace) -> dict:
         for start in range(0, args.steps * ROWS, ROWS)
     ]
     held_out = [json.loads(line)["messages"] for line in _lines(args.data / "held_out.jsonl")]
-    model, error = METHODS[method](_quantised(args.model), batches, seed)
+    model, error = METHODS[method](_quantised(args.model), batches, seed, kept)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = (SelectedNeuronAdamW if trained_parameters(model) else torch.optim.AdamW)(
         trained_parameters(model) or parameters, lr=rate, weight_decay=0.0
@@ -100,7 +105,9 @@ def run(method: str, seed: int, rate: float, args: argparse.Namespace) -> dict:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / args.steps))
     )
-    start = _held_out_loss(model, held_out, tokenizer)
+    if seed not in kept:
+        kept[seed] = error(), _held_out_loss(model, held_out, tokenizer)
+    error, start = kept[seed]
     model.train()
     for batch in batches:
         model(**batch).loss.backward()
@@ -148,17 +155,17 @@ def _held_out_loss(model, chats: list[list[dict]], tokenizer) -> float:
 
 
 def _spft(quant_init: str) -> Callable:
-    def build(base, batches, seed):
+    def build(base, batches, seed, kept):
         config = SpftConfig(r=R, quant_init=quant_init, seed=seed)
         model = get_peft_model(base, config)
         select_neurons(model, batches[:CALIBRATION_BATCHES])
-        return model, QuantisationError.together(quantisation_errors(model).values())
+        return model, lambda: QuantisationError.together(quantisation_errors(model).values())
 
     return build
 
 
 def _lora(init: Callable) -> Callable:
-    def build(base, batches, seed):
+    def build(base, batches, seed, kept):
         probe = get_peft_model(base, SpftConfig(r=R, quant_init="none"))
         layers = spft_layers(probe)
         shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
@@ -168,26 +175,38 @@ def _lora(init: Callable) -> Callable:
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers))
         model = get_peft_model(base, config)
         checkpoint = BaseCheckpoint.find(base.name_or_path)
-        errors = []
         for name in layers:
             layer = model.base_model.model.get_submodule(name)
-            every = torch.arange(layer.out_features)
-            original = checkpoint.rows(name, every).float()
-            errors.append(init(layer, original))
-        return model, QuantisationError.together(errors)
+            if name not in kept:
+                every = torch.arange(layer.out_features)
+                kept[name] = init(layer, checkpoint.rows(name, every).float())
+            _fill_in(layer, *kept[name][:3])
+        return model, lambda: QuantisationError.together(kept[name][3] for name in layers)
 
     return build
 
 
 @torch.no_grad()
-def _zero(layer, original: torch.Tensor) -> QuantisationError:
-    quantised = dense_weight(layer.get_base_layer())
-    return QuantisationError.of(original, quantised, quantised)
+def _fill_in(layer, weight: Params4bit, a: torch.Tensor | None, b: torch.Tensor | None) -> None:
+    if a is None:
+        return  # as PEFT has drawn them
+    layer.get_base_layer().weight = weight
+    layer.lora_A["default"].weight.copy_(a)
+    layer.lora_B["default"].weight.copy_(b)
 
 
 @torch.no_grad()
-def _loftq(layer, original: torch.Tensor) -> QuantisationError:
-    """LoftQ (arXiv 2310.08659, algorithm 1): quantise W - BA, then BA = the best of W - Q."""
+def _zero(layer, original: torch.Tensor) -> tuple:
+    """Quantised weight, A and B where they are not a fresh LoRA's, and the error that is left."""
+    base = layer.get_base_layer()
+    quantised = dense_weight(base)
+    return base.weight, None, None, QuantisationError.of(original, quantised, quantised)
+
+
+@torch.no_grad()
+def _loftq(layer, original: torch.Tensor) -> tuple:
+    """As `_zero`, by LoftQ (arXiv 2310.08659, algorithm 1): quantise W - BA, then BA = the best
+    approximation of W - Q."""
     base = layer.get_base_layer()
     rank = layer.r["default"]
     first = dense_weight(base).float()
@@ -200,14 +219,12 @@ def _loftq(layer, original: torch.Tensor) -> QuantisationError:
             compress_statistics=True,
             module=base,
         )
-        base.weight = weight.to("cpu")
+        base.weight = weight = weight.to("cpu")
         quantised = dense_weight(base).float()
         u, s, vh = torch.linalg.svd(original - quantised, full_matrices=False)
         b, a = u[:, :rank] * s[:rank].sqrt(), s[:rank, None].sqrt() * vh[:rank]
         low_rank = b @ a
-    layer.lora_A["default"].weight.copy_(a)
-    layer.lora_B["default"].weight.copy_(b)
-    return QuantisationError.of(original, first, quantised + low_rank)
+    return weight, a, b, QuantisationError.of(original, first, quantised + low_rank)
 
 
 METHODS = {
