@@ -41,7 +41,8 @@ def settle_merging(cfg) -> None:
     made = cfg.output_dir
     if not cfg.merge_lora or not Path(made or "", "adapter_config.json").is_file():
         return
-    if getattr(PeftConfig.from_pretrained(made), "start_adapter", None) == cfg.lora_model_dir:
+    started = getattr(PeftConfig.from_pretrained(made), "start_adapter", None)
+    if started and Path(started).resolve() == Path(cfg.lora_model_dir).resolve():
         logger.warning("merging %s, which was trained from %s", made, cfg.lora_model_dir)
         cfg.lora_model_dir = made
 

@@ -100,9 +100,11 @@ def answer_log_probs(model, rows: list[tuple[list[int], list[int]]]) -> torch.Te
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device)
     mask = torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i, _ in rows], device=device)
     labels = torch.tensor([r + [-100] * (width - len(r)) for _, r in rows], device=device)[:, 1:]
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-    chosen = logits.log_softmax(-1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
-    return (chosen * (labels != -100)).sum(-1).cpu()
+    row, position = (labels != -100).nonzero(as_tuple=True)
+    # of the answers' tokens alone: the vocabulary is large
+    logits = model(input_ids=ids, attention_mask=mask).logits[row, position].float()
+    chosen = logits.log_softmax(-1).gather(-1, labels[row, position, None])[:, 0]
+    return torch.zeros(len(rows), device=device).index_add_(0, row, chosen).cpu()
 
 
 def summary(before: torch.Tensor, after: torch.Tensor) -> dict:

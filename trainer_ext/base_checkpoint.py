@@ -36,8 +36,9 @@ class BaseCheckpoint:
         """
         if not source:
             raise SpftError("the model does not say which checkpoint it was loaded from")
-        index = _located(source, SAFE_WEIGHTS_INDEX_NAME, revision)
-        single = None if index else _located(source, SAFE_WEIGHTS_NAME, revision)
+        # in the order in which transformers looks for them
+        single = _located(source, SAFE_WEIGHTS_NAME, revision)
+        index = None if single else _located(source, SAFE_WEIGHTS_INDEX_NAME, revision)
         if single:
             return cls(source, StoredTensor.all_in(Path(single)))
         if index:
@@ -58,6 +59,12 @@ class BaseCheckpoint:
             f"{SAFE_WEIGHTS_INDEX_NAME}); convert it: load the model and call "
             "save_pretrained(folder)"
         )
+
+    @classmethod
+    def of(cls, model) -> BaseCheckpoint:
+        """The checkpoint that a model was loaded from; errors as of `find`."""
+        config = getattr(model, "config", None)
+        return cls.find(getattr(model, "name_or_path", ""), getattr(config, "_commit_hash", None))
 
     def weight(self, layer: str) -> StoredTensor:
         """A layer's weight.

@@ -41,7 +41,13 @@ _ARGUMENTS = (
     "average_tokens_across_devices",
 )
 # Where files lie may differ; what was read from them is compared after the selection.
-_OWN_FIELDS = {"base_model_name_or_path", "revision", "auto_mapping", "importance_file"}
+_OWN_FIELDS = {
+    "base_model_name_or_path",
+    "revision",
+    "auto_mapping",
+    "importance_file",
+    "start_adapter",
+}
 
 
 def run_facts(trainer: Trainer, model: nn.Module, adapter_name: str) -> dict[str, Fact]:

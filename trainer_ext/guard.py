@@ -75,9 +75,13 @@ class RunGuard(TrainerCallback):
         """
         if world_size() == 1:
             return
-        index = {name: delta.index for name, delta in deltas(model, adapter_name).items()}
-        sums = zip(index, checksums(index.values()), strict=True)
-        check_agreement({f"the selection in {n}": f"{s & (2**64 - 1):x}" for n, s in sums})
+        chosen = {}
+        for name, delta in deltas(model, adapter_name).items():
+            chosen[f"the selection in {name}"] = delta.index
+            if delta.anchor is not None:  # each has read it from its own disk
+                chosen[f"what the neurons start from in {name}"] = delta.anchor
+        sums = zip(chosen, checksums(chosen.values()), strict=True)
+        check_agreement({n: f"{s & (2**64 - 1):x}" for n, s in sums})
 
     def _check_replicas(self, state) -> None:
         """Before a checkpoint is written: are replicated values the same bits everywhere?"""

@@ -18,6 +18,7 @@ import torch
 import transformers
 from peft import PeftConfig
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
@@ -57,12 +58,16 @@ def merge_checkpoint(
     source = str(base or config.base_model_name_or_path or "")
     checkpoint = BaseCheckpoint.find(source, None if base else config.revision)
     merged = {checkpoint.weight(layer): tensors for layer, tensors in layers.items()}
-    replaced = {checkpoint.tensor(name): tensor for name, tensor in whole.items()}
-    output.parent.mkdir(parents=True, exist_ok=True)
+    replaced = {_whole(checkpoint, name): tensor for name, tensor in whole.items()}
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SpftError(f"the output {str(output)!r} cannot be made: {error.strerror}") from None
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         _copy(checkpoint, Path(folder) / "model")
+        conv1d = _conv1d_weights(Path(folder) / "model")
         for stored, tensors in merged.items():
-            _merge_rows(_in(Path(folder) / "model", stored), tensors)
+            _merge_rows(_in(Path(folder) / "model", stored), tensors, conv1d)
         for stored, tensor in replaced.items():
             _replace(_in(Path(folder) / "model", stored), tensor)
         if output.exists():
@@ -76,9 +81,9 @@ def _read_adapter(folder: str) -> tuple[PeftConfig, dict, dict]:
     try:
         config = PeftConfig.from_pretrained(folder)
         tensors = load_peft_weights(folder, device="cpu")
-    except (ValueError, OSError):
+    except (ValueError, OSError, SafetensorError):
         raise SpftError(
-            f"the adapter {folder!r} was not found, or lacks adapter_config.json or "
+            f"the adapter {folder!r} was not found, or lacks a whole adapter_config.json or "
             "adapter_model.safetensors; give the folder that a training run wrote"
         ) from None
     if config.peft_type != add_peft_type("SPFT"):
@@ -93,13 +98,40 @@ def _read_adapter(folder: str) -> tuple[PeftConfig, dict, dict]:
             layers.setdefault(name, {})[kind] = tensor
         elif ".base_layer." not in key:  # PEFT saves a targeted head's own weight
             whole[name] = tensor
+    needed = {"weight", "index", "selected"}
+    if config.anchor not in (None, "none"):
+        needed.add("anchor")
     for name, kinds in layers.items():
+        if not needed <= kinds.keys():
+            raise SpftError(
+                f"the adapter {folder!r} lacks {', '.join(sorted(needed - kinds.keys()))} of "
+                f"{name}; its file is damaged, merge another checkpoint"
+            )
         if not kinds["selected"]:
             raise SpftError(
                 f"the adapter {folder!r} has never been trained: the neurons of {name} are not "
                 "selected; there is nothing to merge"
             )
     return config, layers, whole
+
+
+def _whole(checkpoint: BaseCheckpoint, name: str) -> StoredTensor:
+    """Where a module that was trained whole is stored, by itself."""
+    mend = "merge by PEFT's merge_and_unload (axolotl merge-lora)"
+    if name not in checkpoint.tensors:
+        raise SpftError(
+            f"{name} was trained whole, but the checkpoint {checkpoint.source!r} has no tensor of "
+            f"that name; {mend}"
+        )
+    stored = checkpoint.tensors[name]
+    config = AutoConfig.from_pretrained(stored.path.parent, trust_remote_code=False)
+    text = config.get_text_config()
+    if text.tie_word_embeddings and stored.shape[0] == text.vocab_size:
+        raise SpftError(
+            f"{name} was trained whole, and in the checkpoint {checkpoint.source!r} it is the "
+            f"head's weight too, which was not trained; {mend}, which unties them"
+        )
+    return stored
 
 
 def _copy(checkpoint: BaseCheckpoint, folder: Path) -> None:
@@ -123,12 +155,13 @@ def _in(folder: Path, stored: StoredTensor) -> StoredTensor:
     return replace(stored, path=folder / stored.path.name)
 
 
-def _merge_rows(stored: StoredTensor, tensors: dict[str, torch.Tensor]) -> None:
+def _merge_rows(
+    stored: StoredTensor, tensors: dict[str, torch.Tensor], conv1d: tuple[str, ...]
+) -> None:
     index, delta, anchor = tensors["index"], tensors["weight"], tensors.get("anchor")
     d_in, shape = delta.shape[1], stored.shape
-    fits = [len(shape) == 2 and shape[1 - neurons] == d_in for neurons in (0, 1)]
-    columns = fits[1] and (not fits[0] or _is_conv1d(stored))
-    if not any(fits) or int(index.max()) >= shape[int(columns)]:
+    columns = f".{stored.name}".endswith(conv1d)
+    if len(shape) != 2 or shape[1 - columns] != d_in or int(index.max()) >= shape[columns]:
         raise SpftError(
             f"{stored.name} in the checkpoint has the shape {shape}, which does not fit the "
             f"adapter's neurons with {d_in} inputs; give the checkpoint that it was trained on"
@@ -143,17 +176,20 @@ def _merge_rows(stored: StoredTensor, tensors: dict[str, torch.Tensor]) -> None:
     stored.write(index, rows, columns)
 
 
-def _is_conv1d(stored: StoredTensor) -> bool:
-    """Whether a layer's neurons are columns, which the shape of a square weight does not show."""
+def _conv1d_weights(folder: Path) -> tuple[str, ...]:
+    """Endings of the tensors whose neurons are columns, by the model's architecture."""
     try:
-        config = AutoConfig.from_pretrained(stored.path.parent)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         with torch.device("meta"):
             model = getattr(transformers, config.architectures[0])(config)
     except (AttributeError, OSError, TypeError, ValueError):  # code of the checkpoint's own
-        return False
-    return any(
-        isinstance(module, Conv1D) and f"{name}.weight".endswith(stored.name)
+        return ()
+    # without the prefix that a checkpoint of the model without its head lacks
+    prefix = f"{model.base_model_prefix}."
+    return tuple(
+        f".{name.removeprefix(prefix)}.weight"
         for name, module in model.named_modules()
+        if isinstance(module, Conv1D)
     )
 
 

@@ -85,7 +85,7 @@ def quantisation_errors(
     Raises:
         SpftError: the checkpoint cannot be read, or the base is not quantised.
     """
-    checkpoint = BaseCheckpoint.find(base or getattr(model, "name_or_path", ""))
+    checkpoint = BaseCheckpoint.find(base) if base else BaseCheckpoint.of(model)
     errors = {}
     for name, layer in spft_layers(model, adapter_name).items():
         if layer.has_dense_weight:

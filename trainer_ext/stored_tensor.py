@@ -7,6 +7,7 @@ megabytes around each row.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,10 +91,10 @@ class StoredTensor:
             index: int64 (r,).
             columns: the tensor is stored (d_in, d_out), so neurons are its columns.
         """
+        if columns:
+            blocks = [block[:, index] for _, block in self._blocks_of_file()]
+            return torch.cat(blocks).t().contiguous()
         with self.path.open("rb") as file:
-            if columns:
-                blocks = [block[:, index].clone() for _, block in self._blocks(file.fileno())]
-                return torch.cat(blocks).t().contiguous()
             size = self._row_bytes
             rows = [os.pread(file.fileno(), size, self.offset + i * size) for i in index.tolist()]
         return self._tensor(b"".join(rows))
@@ -101,43 +102,50 @@ class StoredTensor:
     def write(self, index: torch.Tensor, rows: torch.Tensor, columns: bool = False) -> None:
         """Replace the weights of some neurons by (r, d_in) others, which are rounded."""
         rows = rows.to(self.dtype)
-        with self._written() as descriptor:
+        with self._written() as put:
             if columns:
-                for start, block in self._blocks(descriptor):
+                for start, block in self._blocks_of_file():
                     block[:, index] = rows[:, start : start + len(block)].t()
-                    os.pwrite(descriptor, _bytes(block), self.offset + start * self._row_bytes)
+                    put(start, block)
                 return
             for i, row in zip(index.tolist(), rows, strict=True):
-                os.pwrite(descriptor, _bytes(row), self.offset + i * self._row_bytes)
+                put(i, row)
 
     def replace(self, tensor: torch.Tensor) -> None:
         """Write another tensor of the same shape in its place, rounded."""
-        with self._written() as descriptor:
-            os.pwrite(descriptor, _bytes(tensor.to(self.dtype)), self.offset)
+        with self._written() as put:
+            put(0, tensor.to(self.dtype))
 
     @contextmanager
     def _written(self):
+        """A function that writes stored rows from the given one on."""
         with self.path.open("r+b") as file:
-            yield file.fileno()
+
+            def put(row: int, values: torch.Tensor) -> None:
+                file.seek(self.offset + row * self._row_bytes)
+                # a file object writes all; one system call writes 2 GiB at most
+                file.write(_bytes(values))
+
+            yield put
+            file.flush()
             os.fsync(file.fileno())
 
     @property
     def _row_bytes(self) -> int:
-        return self.shape[1] * self.dtype.itemsize
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
 
-    def _blocks(self, descriptor: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def _blocks_of_file(self) -> Iterator[tuple[int, torch.Tensor]]:
         """First row and content of blocks of stored rows."""
         most = max(1, _BLOCK_BYTES // self._row_bytes)
-        for start in range(0, self.shape[0], most):
-            size = min(most, self.shape[0] - start) * self._row_bytes
-            yield (
-                start,
-                self._tensor(os.pread(descriptor, size, self.offset + start * self._row_bytes)),
-            )
+        with self.path.open("rb") as file:
+            for start in range(0, self.shape[0], most):
+                size = min(most, self.shape[0] - start) * self._row_bytes
+                at = self.offset + start * self._row_bytes
+                yield start, self._tensor(os.pread(file.fileno(), size, at))
 
     def _tensor(self, content: bytes) -> torch.Tensor:
         return torch.frombuffer(bytearray(content), dtype=self.dtype).view(-1, self.shape[1])
 
 
-def _bytes(tensor: torch.Tensor) -> bytes:
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.detach().cpu().contiguous().view(torch.uint8).numpy()).cast("B")

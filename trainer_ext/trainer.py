@@ -40,6 +40,7 @@ from .tuner.model import (
     is_selected,
     layer_sizes,
     restore_base,
+    spft_layers,
     write_through,
 )
 
@@ -71,6 +72,7 @@ class SpftCallback(TrainerCallback):
         self._step_seconds: list[float] = []
         self._step_started: float | None = None
         self._class_mistake: SpftError | None = None
+        _settle_quantised(trainer)
         self._let_batches_carry_classes()
         self._guard = RunGuard.attach(trainer)
         use_selected_neuron_optimizer(trainer)
@@ -99,12 +101,6 @@ class SpftCallback(TrainerCallback):
     def _select(self, model, adapter_name: str, args) -> None:
         """Choose the neurons, by scores from a file or from calibrating."""
         config = model.peft_config[adapter_name]
-        if config.anchor == "checkpoint" and getattr(self.trainer, "precompute_ref_logps", False):
-            raise SpftError(
-                "precompute_ref_log_probs is set, but over a quantised base the reference has the "
-                "original rows of the neurons that are selected now; drop it, or set `quant_init` "
-                "to 'none'"
-            )
         if config.importance_file:
             self.scores = load_scores(config.importance_file, model, adapter_name)
             self._warn_of_other_data(config)
@@ -257,6 +253,25 @@ class SpftCallback(TrainerCallback):
         except SpftError as error:
             logger.warning("the report will lack the importance scores: %s", error)
             return None
+
+
+def _settle_quantised(trainer: Trainer) -> None:
+    """What TRL does otherwise over a quantised base before the neurons are selected.
+
+    Raises:
+        SpftError: the reference's log-probabilities were computed before its rows are known.
+    """
+    try:
+        model, adapter_name = trainer.model, active_spft_adapter(trainer.model)
+        layers = spft_layers(model, adapter_name).values()
+    except SpftError:
+        return  # on_train_begin says so
+    if all(layer.has_dense_weight for layer in layers):
+        return
+    for layer in layers:
+        # TRL makes what is trained bf16, and a resumed adapter would be fp32 again
+        weight = layer.spft_delta[adapter_name].weight
+        weight.data = weight.data.float()
 
 
 def _calibrates_by_class(config: SpftConfig) -> bool:

@@ -11,9 +11,15 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 BITS = (4, 8)
 
 
-def save_base(folder: Path, architecture: str = "llama", dtype=torch.bfloat16, **save) -> Path:
+def save_base(
+    folder: Path,
+    architecture: str = "llama",
+    dtype=torch.bfloat16,
+    tie_word_embeddings: bool = False,
+    **save,
+) -> Path:
     """A checkpoint whose layers have inputs in multiples of 64, as 4-bit blocks want them."""
-    config = CONFIGS[architecture].to_dict() | {"tie_word_embeddings": False}
+    config = CONFIGS[architecture].to_dict() | {"tie_word_embeddings": tie_word_embeddings}
     if architecture == "gpt2":
         config |= {"n_embd": 64, "n_inner": 128}
         config |= {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}

@@ -47,6 +47,18 @@ def test_columns_are_the_neurons_of_conv1d(tmp_path):
     assert torch.equal(rows, weight[:, INDEX].t())
 
 
+def test_of_a_single_file_and_shards_the_single_file_counts(base, tmp_path):
+    """As transformers reads such a folder."""
+    tensors = tensors_of(base)
+    save_file(tensors, tmp_path / "model.safetensors")
+    stale = {name: tensor + 1 for name, tensor in tensors.items()}
+    save_file(stale, tmp_path / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    rows = BaseCheckpoint.find(str(tmp_path)).rows(LAYER, INDEX)
+    assert torch.equal(rows, tensors[f"{LAYER}.weight"][INDEX])
+
+
 @pytest.mark.parametrize("strip", [True, False], ids=["without prefix", "with more"])
 def test_a_prefix_may_differ_on_either_side(base, tmp_path, strip):
     tensors = tensors_of(base)

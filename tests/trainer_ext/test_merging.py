@@ -103,6 +103,18 @@ def test_modules_trained_whole_are_merged_too(base, tmp_path):
     assert not torch.equal(head, dense(base, torch.bfloat16).lm_head.weight)
 
 
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [("embed_tokens", "it is the head's weight too"), ("lm_head", "no tensor of that name")],
+)
+def test_one_of_two_tied_modules_trained_whole_is_refused(tmp_path, module, line):
+    """The checkpoint has one tensor for both, and the other one was not trained."""
+    folder = save_base(tmp_path / "base", tie_word_embeddings=True)
+    save_adapter(folder, tmp_path / "adapter", modules_to_save=[module])
+    with pytest.raises(SpftError, match=f"was trained whole.*{line}.*merge_and_unload"):
+        merge_checkpoint(tmp_path / "adapter", tmp_path / "merged")
+
+
 def digest(folder) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
 
@@ -121,11 +133,22 @@ def test_mistakes_are_told_and_leave_nothing(base, adapter, tmp_path):
     name = sorted(n for n in tensors if n.endswith(".weight"))[-1]
     tensors[name] = tensors[name] * torch.inf
     save_file(tensors, broken / "adapter_model.safetensors")
+    cut, lacking = tmp_path / "cut", tmp_path / "lacking"
+    for folder in (cut, lacking):
+        adapter[0].save_pretrained(folder)
+    content = (cut / "adapter_model.safetensors").read_bytes()
+    (cut / "adapter_model.safetensors").write_bytes(content[: len(content) // 2])
+    kept = load_file(lacking / "adapter_model.safetensors")
+    kept.pop(next(n for n in kept if n.endswith(".selected")))
+    save_file(kept, lacking / "adapter_model.safetensors")
     for folder, output, source, line in (
         (adapter[1], "full", None, "exists; name a new folder"),
-        (tmp_path / "none", "out", None, "was not found, or lacks adapter_config.json"),
+        (tmp_path / "none", "out", None, "was not found, or lacks a whole adapter_config.json"),
         (tmp_path / "lora", "out", None, "is a LORA adapter; merge it by PEFT"),
         (tmp_path / "fresh", "out", None, "has never been trained"),
+        (cut, "out", None, "was not found, or lacks a whole"),
+        (lacking, "out", None, "lacks selected of"),
+        (adapter[1], "full/file/out", None, "cannot be made: Not a directory"),
         (broken, "out", None, "has non-finite values for"),
         (adapter[1], "out", tmp_path / "nowhere", "nowhere' was not found on this disk"),
         (adapter[1], "out", tmp_path / "full", "was not found on this disk"),

@@ -77,7 +77,8 @@ def tapped(base: nn.Module, tap: Tap):
             # A forward that others have put there (accelerate's device placement) must be called,
             # and that of a quantised layer.
             if had_own or quantisation_of(base):
-                z = original(x) - base.bias
+                y = original(x)
+                z = (y - base.bias).to(y.dtype)
             else:
                 z = _linear_without_bias(base, x)
             z = _Passage.apply(z, tap.anchor, x.detach(), tap)

@@ -7,6 +7,7 @@ adapter's rows. Either is kept as the deltas' frozen anchor.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from contextlib import contextmanager
 import torch
 from peft import PeftConfig
 from peft.utils import load_peft_weights
+from safetensors import SafetensorError
 from torch import nn
 
 from ..base_checkpoint import BaseCheckpoint
@@ -39,7 +41,8 @@ _BROUGHT = (
     "layers_to_transform",
     "layers_pattern",
 )
-_NONE_GIVEN = (None, "uniform", 0.25, 4.0)
+_ALL = "all-linear"
+_GIVEN = "_spft_given_quant_init"  # marks configurations that were settled here, not loaded
 # NF4 leaves a tenth of a weight's norm as error; other weights differ by more than their norm.
 _MOST_ERROR = 0.5
 
@@ -54,11 +57,6 @@ def take_over_start(config) -> None:
     if config.start_adapter is None or config.anchor is not None:
         return
     folder = config.start_adapter
-    if config.quant_init is not None:
-        raise SpftError(
-            f"`quant_init` is {config.quant_init!r} with `start_adapter` {folder!r}, which brings "
-            "its neurons' values itself; drop `quant_init`"
-        )
     try:
         start = PeftConfig.from_pretrained(folder)
     except (ValueError, OSError):
@@ -77,14 +75,26 @@ def take_over_start(config) -> None:
             f"{start.modules_to_save or config.modules_to_save}: modules trained whole cannot be "
             "switched back to where they started; merge the adapter into the model first"
         )
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for field in _BROUGHT:
         wanted, has = getattr(config, field), getattr(start, field)
-        if wanted not in _NONE_GIVEN and wanted != has:
+        is_given = wanted != defaults[field] and (field, wanted) != ("target_modules", _ALL)
+        if is_given and _unordered(wanted) != _unordered(has):
             raise SpftError(
                 f"`{field}` is {wanted!r} but the adapter in `start_adapter` {folder!r} was made "
                 f"with {has!r}; drop `{field}`: the adapter brings its own"
             )
         setattr(config, field, has)
+
+
+def _unordered(value):
+    return sorted(value) if isinstance(value, (list, set, tuple)) else value
+
+
+def forget_anchor(config) -> None:
+    """Make a configuration fresh again that was fresh when it was put into another model."""
+    if hasattr(config, _GIVEN):
+        config.anchor, config.quant_init = None, getattr(config, _GIVEN)
 
 
 def settle_anchor(config, layers: Iterable[nn.Module]) -> None:
@@ -97,26 +107,26 @@ def settle_anchor(config, layers: Iterable[nn.Module]) -> None:
         SpftError: `quant_init` is given for a dense base, or `forward: write_through` for a
             quantised one.
     """
+    if config.anchor is not None:
+        return
+    setattr(config, _GIVEN, config.quant_init)
     kinds = sorted({kind for kind in map(quantisation_of, layers) if kind})
     if kinds and config.forward == "write_through":
         raise SpftError(
             f"`forward` is 'write_through' but the base weights are in {kinds[0][0]} bits, which "
             "cannot hold an update; set `forward` to 'auto' or 'delta'"
         )
-    if config.anchor is not None:
-        return
-    if config.start_adapter is not None:
-        config.anchor = "adapter"
-    elif kinds:
+    if kinds:
         config.quant_init = config.quant_init or "exact"
-        config.anchor = "checkpoint" if config.quant_init == "exact" else "none"
     elif config.quant_init is not None:
         raise SpftError(
             f"`quant_init` is {config.quant_init!r} but the targeted layers are not quantised; "
             "drop it, or load the model in 4 or 8 bits"
         )
+    if config.start_adapter is not None:
+        config.anchor = "adapter"
     else:
-        config.anchor = "none"
+        config.anchor = "checkpoint" if config.quant_init == "exact" else "none"
 
 
 def prepare_anchors(model: nn.Module, config, layers: dict, adapter_name: str) -> None:
@@ -135,7 +145,7 @@ def prepare_anchors(model: nn.Module, config, layers: dict, adapter_name: str) -
             with _mend():
                 delta.anchor = delta.anchor.to(checkpoint.weight(name).dtype)
     elif config.anchor == "adapter":
-        _start_from(config.start_adapter, layers, adapter_name)
+        _start_from(model, config, layers, adapter_name)
 
 
 def original_rows(
@@ -153,6 +163,8 @@ def original_rows(
     Raises:
         SpftError: they cannot be read, or are not those of this model.
     """
+    if not layers:
+        return {}
     checkpoint = _checkpoint_of(model)
     found, squares, differences = {}, 0.0, 0.0
     for name, layer in layers.items():
@@ -187,10 +199,7 @@ def original_rows(
 
 def _checkpoint_of(model: nn.Module) -> BaseCheckpoint:
     with _mend():
-        config = getattr(model, "config", None)
-        return BaseCheckpoint.find(
-            getattr(model, "name_or_path", ""), getattr(config, "_commit_hash", None)
-        )
+        return BaseCheckpoint.of(model)
 
 
 @contextmanager
@@ -205,31 +214,44 @@ def _mend():
         ) from None
 
 
-def _start_from(folder: str, layers: dict, adapter_name: str) -> None:
+def _start_from(model: nn.Module, config, layers: dict, adapter_name: str) -> None:
     """Select an adapter's neurons, and make its values the anchor."""
+    folder = config.start_adapter
     try:
         tensors = load_peft_weights(folder, device="cpu")
-    except (OSError, ValueError):
+    except (OSError, ValueError, SafetensorError):
         raise SpftError(
-            f"`start_adapter` is {folder!r}, where no adapter_model.safetensors was found; give "
-            "the folder that a training run wrote (its output_dir or a checkpoint)"
+            f"`start_adapter` is {folder!r}, where no whole adapter_model.safetensors was found; "
+            "give the folder that a training run wrote (its output_dir or a checkpoint)"
         ) from None
+    saved = {name: _saved(tensors, name, folder) for name in layers}
+    # its own anchor, else the base's rows: of a quantised base the original ones
+    unanchored = {n: layer for n, layer in layers.items() if saved[n].get("anchor") is None}
+    quantised = {n: layer for n, layer in unanchored.items() if not layer.has_dense_weight}
+    index = {name: saved[name]["index"] for name in quantised}
+    originals = original_rows(model, quantised, index) if config.quant_init == "exact" else {}
     for name, layer in layers.items():
-        prefix = f"base_model.model.{name}.spft_delta."
-        if f"{prefix}weight" not in tensors:
-            raise SpftError(
-                f"`start_adapter` is {folder!r}, whose file has nothing for layer {name}; it was "
-                "made for another model"
-            )
-        if not tensors[f"{prefix}selected"]:
-            raise SpftError(
-                f"`start_adapter` is {folder!r}, which has never been trained: its neurons are "
-                "not selected; drop it"
-            )
-        index, start = tensors[f"{prefix}index"], tensors.get(f"{prefix}anchor")
+        kinds = saved[name]
+        start = kinds.get("anchor", originals.get(name))
         if start is None:
-            start = layer.rows(index).cpu()
             # FSDP's loading by one process leaves the others' weights empty
-            start = from_main_process(start)
-        rows = (start + tensors[f"{prefix}weight"]).to(start.dtype)
-        layer.spft_delta[adapter_name].select(index, rows)
+            start = from_main_process(layer.rows(kinds["index"]).cpu())
+        rows = (start + kinds["weight"]).to(start.dtype)
+        layer.spft_delta[adapter_name].select(kinds["index"], rows)
+
+
+def _saved(tensors: dict[str, torch.Tensor], layer: str, folder: str) -> dict[str, torch.Tensor]:
+    """What an adapter's file has for a layer, by kind."""
+    prefix = f"base_model.model.{layer}.spft_delta."
+    kinds = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+    if not {"weight", "index", "selected"} <= kinds.keys():
+        raise SpftError(
+            f"`start_adapter` is {folder!r}, whose file has not all of layer {layer}; it was made "
+            "for another model, or is damaged"
+        )
+    if not kinds["selected"]:
+        raise SpftError(
+            f"`start_adapter` is {folder!r}, which has never been trained: its neurons are not "
+            "selected; drop it"
+        )
+    return kinds

@@ -77,6 +77,11 @@ class NeuronDelta(nn.Module):
         saved = state_dict.get(f"{prefix}anchor")
         if saved is not None and self.anchor is not None:
             self.anchor = self.anchor.to(saved.dtype)
+        elif self.anchor is not None and f"{prefix}selected" in state_dict:
+            raise SpftError(
+                f"the adapter's file has no {prefix}anchor, without which its neurons start from "
+                "nothing; load another checkpoint"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(
@@ -99,7 +104,14 @@ class NeuronDelta(nn.Module):
         self, y: torch.Tensor, x: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Put what the neurons started from into y, in place, without the update."""
-        if self.anchor is None or not self.is_selected:
+        if self.anchor is None:
+            return y
+        if torch.compiler.is_compiling():
+            # a compiled graph may be older than the selection
+            return overwrite_selected_outputs(
+                y, x, self.anchor, self.index, bias, selected=self.selected
+            )
+        if not self.is_selected:
             return y
         return overwrite_selected_outputs(y, x, self.anchor, self.index, bias)
 

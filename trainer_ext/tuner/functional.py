@@ -28,8 +28,7 @@ def add_selected_outputs(
     """
     if torch.compiler.is_compiling():
         # The compiler plans memory itself and cannot look into an in-place autograd function.
-        extra = torch.nn.functional.linear(x.to(y.dtype), delta.to(y.dtype))
-        return y.index_add(-1, index, extra)
+        return y.index_add(-1, index, _outputs_of(x, delta, None, y.dtype))
     return _AddSelectedOutputs.apply(_no_view(y), x, delta, index)
 
 
@@ -85,6 +84,7 @@ def overwrite_selected_outputs(
     rows: torch.Tensor,
     index: torch.Tensor,
     bias: torch.Tensor | None,
+    selected: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Replace some neurons' outputs, in place, by those of other weights: x rowsᵀ + bias[index].
 
@@ -92,15 +92,20 @@ def overwrite_selected_outputs(
         y: output of the layer (B..., O). Overwritten and returned.
         rows: (R, I) weights of the neurons `index`.
         bias: (O,) of the layer, or None.
+        selected: bool (), whether to do so; None: do.
     """
     bias = None if bias is None else bias.index_select(0, index)
-    return y.index_copy_(-1, index, _outputs_of(x, rows, bias, y.dtype))
+    outputs = _outputs_of(x, rows, bias, y.dtype)
+    if selected is not None:
+        outputs = torch.where(selected, outputs, y.index_select(-1, index))
+    return y.index_copy_(-1, index, outputs)
 
 
 def _outputs_of(x, rows, bias, dtype: torch.dtype) -> torch.Tensor:
     """Outputs (B..., R) of a linear layer with the weights `rows`, computed in `dtype`."""
     bias = None if bias is None else bias.to(dtype)
-    return torch.nn.functional.linear(x.to(dtype), rows.to(dtype), bias)
+    # autocast may compute in another dtype than the base layer's output has
+    return torch.nn.functional.linear(x.to(dtype), rows.to(dtype), bias).to(dtype)
 
 
 def _no_view(y: torch.Tensor) -> torch.Tensor:
@@ -115,8 +120,7 @@ def _no_view(y: torch.Tensor) -> torch.Tensor:
 class _AddSelectedOutputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_BO, x_BI, delta_RI, index_R):
-        extra_BR = x_BI.to(y_BO.dtype) @ delta_RI.to(y_BO.dtype).t()
-        y_BO.index_add_(-1, index_R, extra_BR)
+        y_BO.index_add_(-1, index_R, _outputs_of(x_BI, delta_RI, None, y_BO.dtype))
         ctx.mark_dirty(y_BO)
         ctx.save_for_backward(x_BI, delta_RI, index_R)
         return y_BO

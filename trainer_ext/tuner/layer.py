@@ -263,9 +263,15 @@ class SpftLinear(nn.Module, BaseTunerLayer):
                 "or trainer_ext.merge_checkpoint"
             )
         self.restore()
-        for name in check_adapters_to_merge(self, adapter_names) or []:
-            if name not in self.spft_delta:
-                continue
+        names = check_adapters_to_merge(self, adapter_names) or []
+        names = [name for name in names if name in self.spft_delta]
+        anchored = self._anchored([*self.merged_adapters, *names])
+        if anchored in names and self.merged_adapters:
+            raise SpftError(
+                f"adapter {anchored!r} starts its neurons from values of its own, which would "
+                f"replace what {self.merged_adapters[0]!r} has merged; merge {anchored!r} first"
+            )
+        for name in sorted(names, key=lambda name: name != anchored):
             delta = self.spft_delta[name]
             old_rows = self.rows(delta.index).clone()
             new_rows = old_rows
@@ -327,7 +333,9 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         if delta.is_selected:
             change = delta.weight.detach()
             if delta.anchor is not None:
-                change = change + (delta.anchor - self.rows(delta.index))
+                before = self._rows_before_merge.get(adapter_name)
+                rows = self.rows(delta.index) if before is None else before[1]
+                change = change + (delta.anchor - rows)
             dense.index_copy_(0, delta.index, change.to(dense.dtype))
         return dense.t() if self.is_conv1d else dense
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import SpftError
 from ..peft_type import add_peft_type
-from .anchors import prepare_anchors, settle_anchor, take_over_start
+from .anchors import forget_anchor, prepare_anchors, settle_anchor, take_over_start
 from .base_layers import is_linear
 from .budgets import settle_budgets
 from .delta import NeuronDelta
@@ -52,6 +52,7 @@ class SpftModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
         config = self.peft_config[adapter_name]
+        forget_anchor(config)
         is_fresh = config.anchor is None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT condenses long lists into a set, which JSON cannot hold.

@@ -9,11 +9,12 @@ from __future__ import annotations
 import pytest
 import torch
 from adapters import fill_deltas
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from quantised import BITS, dense, quantised, save_base
 from safetensors.torch import load_file
 from tiny_models import batch
 from torch.nn.functional import linear
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.pytorch_utils import Conv1D
 
 from trainer_ext import SpftConfig, SpftError, merge_checkpoint, select_neurons
@@ -98,6 +99,56 @@ def test_outputs_and_gradients_are_those_of_the_rows_put_into_the_weight(base, b
             results.append((y, given.grad, delta.weight.grad if ours else rows.grad))
         for ours, plain in zip(*results, strict=True):
             torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-5 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("quant_init", ["exact", "none"])
+def test_autocast_over_fp32_activations(llama, bits, quant_init):
+    """kbit preparation leaves norms and embeddings in fp32, and trainers autocast."""
+    model = prepare_model_for_kbit_training(quantised(llama, bits, torch.bfloat16))
+    model = get_peft_model(
+        model, SpftConfig(r=4, importance="group_taylor", quant_init=quant_init)
+    ).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        select_neurons(model, [batch()])
+        loss = model(**batch()).loss
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in grads)
+
+
+def test_one_layer_with_a_bias_is_calibrated_in_the_models_dtype(tmp_path, bits):
+    """bitsandbytes turns a 4-bit layer's bias into its compute dtype, which may be another."""
+    folder = save_base(tmp_path / "base", "llama_bias")
+    config = {"load_in_4bit": True} if bits == 4 else {"load_in_8bit": True}
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**config), dtype=torch.bfloat16
+    )
+    model = get_peft_model(model, SpftConfig(r=4, target_modules=["q_proj"]))
+    select_neurons(model, [batch()])
+
+
+def test_a_dense_adapter_goes_on_over_the_quantised_base_from_its_own_rows(llama, bits, tmp_path):
+    sft = get_peft_model(dense(llama, torch.bfloat16), SpftConfig(r=4, importance="magnitude"))
+    select_neurons(sft)
+    fill_deltas(sft)
+    sft.save_pretrained(tmp_path)
+    for quant_init in (None, "none"):
+        config = SpftConfig(start_adapter=str(tmp_path), quant_init=quant_init)
+        model = get_peft_model(quantised(llama, bits), config)
+        for name, layer in spft_layers(model).items():
+            theirs = spft_layers(sft)[name].spft_delta["default"]
+            rows = original(llama)[name][0][theirs.index]
+            exact = (rows + theirs.weight.detach()).to(torch.bfloat16)
+            anchor = layer.spft_delta["default"].anchor
+            assert torch.equal(anchor, exact) == (quant_init is None), name
+
+
+def test_a_configuration_used_for_a_dense_model_before_starts_exactly(llama, bits):
+    config = SpftConfig(r=4, importance="magnitude")
+    get_peft_model(dense(llama), config)
+    assert config.anchor == "none"
+    get_peft_model(quantised(llama, bits), config)
+    assert config.anchor == "checkpoint"
 
 
 def test_adapter_off_goes_back_to_the_start_with_the_adapter_on_around_it(base, bits):
