@@ -71,6 +71,7 @@ class SpftCallback(TrainerCallback):
         self._step_seconds: list[float] = []
         self._step_started: float | None = None
         self._class_mistake: SpftError | None = None
+        self._reference_came_early = _has_precomputed_too_early(trainer)
         self._let_batches_carry_classes()
         self._guard = RunGuard.attach(trainer)
         use_selected_neuron_optimizer(trainer)
@@ -78,6 +79,12 @@ class SpftCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()
+        if self._reference_came_early:
+            raise SpftError(
+                "precompute_ref_log_probs is set, but over a quantised base the reference has the "
+                "original rows of neurons that were not selected yet; drop it, or set `quant_init` "
+                "to 'none'"
+            )
         if not any(d.held_weight.requires_grad for d in deltas(model, adapter_name).values()):
             raise SpftError(
                 f"adapter {adapter_name!r} is frozen, as PeftModel.from_pretrained loads it; give "
@@ -99,12 +106,6 @@ class SpftCallback(TrainerCallback):
     def _select(self, model, adapter_name: str, args) -> None:
         """Choose the neurons, by scores from a file or from calibrating."""
         config = model.peft_config[adapter_name]
-        if config.anchor == "checkpoint" and getattr(self.trainer, "precompute_ref_logps", False):
-            raise SpftError(
-                "precompute_ref_log_probs is set, but over a quantised base the reference has the "
-                "original rows of the neurons that are selected now; drop it, or set `quant_init` "
-                "to 'none'"
-            )
         if config.importance_file:
             self.scores = load_scores(config.importance_file, model, adapter_name)
             self._warn_of_other_data(config)
@@ -257,6 +258,17 @@ class SpftCallback(TrainerCallback):
         except SpftError as error:
             logger.warning("the report will lack the importance scores: %s", error)
             return None
+
+
+def _has_precomputed_too_early(trainer: Trainer) -> bool:
+    """Whether TRL has computed a reference that lacks rows which training will start from."""
+    if not getattr(trainer, "precompute_ref_logps", False):
+        return False
+    model = trainer.model
+    adapter_name = active_spft_adapter(model)
+    return model.peft_config[adapter_name].anchor == "checkpoint" and not is_selected(
+        model, adapter_name
+    )
 
 
 def _calibrates_by_class(config: SpftConfig) -> bool:
