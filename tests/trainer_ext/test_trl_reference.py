@@ -18,36 +18,18 @@ from quantised import dense
 from tiny_models import batch, tiny_model
 from transformers import TrainerCallback
 from trl import DPOConfig
-from trl_runs import arguments, losses, pairs, tokenizer
+from trl_runs import NotingDPOTrainer, arguments, compact, losses, pairs, tokenizer
 
 from trainer_ext import (
     SpftConfig,
-    SpftDPOTrainer,
     current_selection,
     merge_checkpoint,
     select_neurons,
 )
-from trainer_ext.tuner.model import deltas, spft_layers
+from trainer_ext.tuner.model import deltas
 
 # A log-probability near 5 in fp32, summed over some 30 tokens of four rows, times beta
 TOLERANCE = 5 * 2**-23 * 30 * 4 * 0.1
-
-
-def compact(model) -> dict:
-    return {n: (d.index.clone(), d.weight.detach().clone()) for n, d in deltas(model).items()}
-
-
-class Noting(SpftDPOTrainer):
-    """Keeps each micro-batch that it trains or evaluates on, with the deltas of that moment."""
-
-    notes: list = []  # not the instance's: calibration would put it back
-
-    def compute_loss(self, model, inputs, *args, **kwargs):
-        written = {layer.written is not None for layer in spft_layers(model).values()}
-        note = {**inputs, "deltas": compact(model), "written": written}
-        loss = super().compute_loss(model, inputs, *args, **kwargs)
-        self.notes.append({**note, "loss": loss.item()})
-        return loss
 
 
 class EvaluatesInTheMiddle(TrainerCallback):
@@ -57,15 +39,14 @@ class EvaluatesInTheMiddle(TrainerCallback):
         self.trainer.evaluate(pairs(8).select(range(4, 8)))
 
 
-def make(folder, model=None, spft_config=None, **more) -> Noting:
-    run = Noting(
+def make(folder, model=None, spft_config=None, **more) -> NotingDPOTrainer:
+    run = NotingDPOTrainer(
         model or tiny_model(),
         args=arguments(DPOConfig, folder, **more),
         train_dataset=pairs(),
         processing_class=tokenizer,
         spft_config=spft_config,
     )
-    run.notes = []
     callback = EvaluatesInTheMiddle()
     callback.trainer = run
     run.add_callback(callback)
@@ -103,7 +84,7 @@ def fresh(forward: str, **fields) -> SpftConfig:
     return SpftConfig(**{"r": 4, "calibration_batches": 2, "forward": forward, **fields})
 
 
-def filled(run) -> Noting:
+def filled(run) -> NotingDPOTrainer:
     """As after some training; the neurons are selected."""
     select_neurons(run.model)
     fill_deltas(run.model)
