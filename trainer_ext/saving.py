@@ -195,13 +195,18 @@ class CheckpointKeeper:
         return None
 
     def load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        self._trainers_load_from_checkpoint(resume_from_checkpoint, model)
+        given, model = model, model if model is not None else self.trainer.model
+        dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+        self._trainers_load_from_checkpoint(resume_from_checkpoint, given)
         # Where there are adapters in sub-folders (TRL's "ref"), transformers loads them alone.
-        model = model if model is not None else self.trainer.model
         if len(getattr(model, "peft_config", ())) > 1:
             name = model.active_adapters[0]
             if not (Path(resume_from_checkpoint) / name).is_dir():
                 model.load_adapter(resume_from_checkpoint, name, is_trainable=True)
+        # PEFT makes them fp32, but over a quantised base TRL trains them in bf16.
+        for name, parameter in model.named_parameters():
+            if name in dtypes:
+                parameter.data = parameter.data.to(dtypes[name])
 
     def load_best_model(self):
         if not self._divided:

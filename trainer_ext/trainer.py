@@ -43,6 +43,7 @@ from .tuner.model import (
     spft_layers,
     write_through,
 )
+from .tuner.trained import trained_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,8 @@ class SpftCallback(TrainerCallback):
         self._step_seconds: list[float] = []
         self._step_started: float | None = None
         self._class_mistake: SpftError | None = None
-        _settle_quantised(trainer)
+        _keep_deltas_wide(trainer)
+        self._reference_came_early = _has_precomputed_too_early(trainer)
         self._let_batches_carry_classes()
         self._guard = RunGuard.attach(trainer)
         use_selected_neuron_optimizer(trainer)
@@ -80,6 +82,12 @@ class SpftCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()
+        if self._reference_came_early:
+            raise SpftError(
+                "precompute_ref_log_probs is set, but over a quantised base the reference has the "
+                "original rows of neurons that were not selected yet; drop it, or set `quant_init` "
+                "to 'none'"
+            )
         if not any(d.held_weight.requires_grad for d in deltas(model, adapter_name).values()):
             raise SpftError(
                 f"adapter {adapter_name!r} is frozen, as PeftModel.from_pretrained loads it; give "
@@ -255,23 +263,27 @@ class SpftCallback(TrainerCallback):
             return None
 
 
-def _settle_quantised(trainer: Trainer) -> None:
-    """What TRL does otherwise over a quantised base before the neurons are selected.
-
-    Raises:
-        SpftError: the reference's log-probabilities were computed before its rows are known.
-    """
+def _keep_deltas_wide(trainer: Trainer) -> None:
+    """Over a quantised base TRL makes what is trained bf16; deltas are fp32 there as elsewhere."""
     try:
-        model, adapter_name = trainer.model, active_spft_adapter(trainer.model)
-        layers = spft_layers(model, adapter_name).values()
+        layers = spft_layers(trainer.model, active_spft_adapter(trainer.model)).values()
     except SpftError:
         return  # on_train_begin says so
-    if all(layer.has_dense_weight for layer in layers):
-        return
     for layer in layers:
-        # TRL makes what is trained bf16, and a resumed adapter would be fp32 again
-        weight = layer.spft_delta[adapter_name].weight
-        weight.data = weight.data.float()
+        if not layer.has_dense_weight:
+            weight = layer.spft_delta[layer.active_adapters[0]].weight
+            weight.data = weight.data.float()
+
+
+def _has_precomputed_too_early(trainer: Trainer) -> bool:
+    """Whether TRL has computed a reference that lacks rows which training will start from."""
+    if not getattr(trainer, "precompute_ref_logps", False):
+        return False
+    model = trainer.model
+    adapter_name = active_spft_adapter(model)
+    return model.peft_config[adapter_name].anchor == "checkpoint" and not is_selected(
+        model, adapter_name
+    )
 
 
 def _calibrates_by_class(config: SpftConfig) -> bool:
@@ -328,7 +340,13 @@ class SpftTrainerMixin:
                 kw["peft_config"] = spft_config
             else:
                 model = get_peft_model(model, spft_config)
+        trained = trained_parameters(model) if isinstance(model, PeftModel) else []
+        values = [parameter.data for parameter in trained]
         super().__init__(model, *args, **kw)
+        for parameter, value in zip(trained, values, strict=True):
+            parameter.data = (
+                value  # TRL may have rounded it to bf16, but not its copy, the reference
+            )
         if getattr(self, "ref_model", None) is not None:
             raise SpftError(
                 f"{type(self).__name__} has a reference model of its own; SPFT's reference is the "

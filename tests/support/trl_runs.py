@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from datasets import Dataset
 from tiny_models import byte_tokenizer
+
+from trainer_ext import SpftDPOTrainer
+from trainer_ext.tuner.model import deltas, spft_layers
 
 _WORDS = ("red", "a bee", "seven", "north", "olive oil", "to go", "xyz", "ninety-nine")
 
@@ -57,6 +61,29 @@ def arguments(kind: type, output_dir, **more):
             **more,
         }
     )
+
+
+def compact(model) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Copies of each layer's index and delta."""
+    return {n: (d.index.clone(), d.weight.detach().clone()) for n, d in deltas(model).items()}
+
+
+class NotingDPOTrainer(SpftDPOTrainer):
+    """Keeps each micro-batch that it trains or evaluates on, with the deltas of that moment.
+
+    Those of calibration are forgotten with all else that a trainer keeps meanwhile.
+    """
+
+    def __init__(self, *args, **kwargs):
+        self.notes: list[dict] = []
+        super().__init__(*args, **kwargs)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        written = {layer.written is not None for layer in spft_layers(model).values()}
+        note = {**inputs, "deltas": compact(model), "written": written}
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
+        self.notes.append({**note, "loss": loss.item()})
+        return loss
 
 
 def losses(trainer) -> list[float]:

@@ -148,7 +148,7 @@ def test_mistakes_are_told_and_leave_nothing(base, adapter, tmp_path):
         (tmp_path / "fresh", "out", None, "has never been trained"),
         (cut, "out", None, "was not found, or lacks a whole"),
         (lacking, "out", None, "lacks selected of"),
-        (adapter[1], "full/file/out", None, "cannot be made: Not a directory"),
+        (adapter[1], "full/file/out", None, "cannot be made: "),
         (broken, "out", None, "has non-finite values for"),
         (adapter[1], "out", tmp_path / "nowhere", "nowhere' was not found on this disk"),
         (adapter[1], "out", tmp_path / "full", "was not found on this disk"),

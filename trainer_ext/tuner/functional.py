@@ -68,11 +68,12 @@ def replace_selected_outputs(
         bias: (O,) of the layer, or None.
         selected: bool (), looked at by compiled graphs, which may be older than the selection.
 
-    anchor + delta is summed in the wider dtype of the two and rounded to y's, as for a merge.
+    anchor + delta is summed in the widest dtype of the three and rounded to y's: a 16-bit anchor
+    does not cut off what a 16-bit delta holds below its precision.
     """
     bias = None if bias is None else bias.detach().index_select(0, index)
     if torch.compiler.is_compiling():
-        outputs = _outputs_of(x, anchor + delta, bias, y.dtype)
+        outputs = _outputs_of(x, _sum(anchor, delta, y.dtype), bias, y.dtype)
         outputs = torch.where(selected, outputs, y.index_select(-1, index))
         return y.index_copy(-1, index, outputs)
     return _ReplaceSelectedOutputs.apply(_no_view(y), x, delta, anchor, index, bias)
@@ -106,6 +107,11 @@ def _outputs_of(x, rows, bias, dtype: torch.dtype) -> torch.Tensor:
     bias = None if bias is None else bias.to(dtype)
     # autocast may compute in another dtype than the base layer's output has
     return torch.nn.functional.linear(x.to(dtype), rows.to(dtype), bias).to(dtype)
+
+
+def _sum(anchor, delta, dtype: torch.dtype) -> torch.Tensor:
+    """anchor + delta in the widest dtype of theirs and `dtype`."""
+    return anchor.to(torch.promote_types(anchor.dtype, dtype)) + delta
 
 
 def _no_view(y: torch.Tensor) -> torch.Tensor:
@@ -152,7 +158,7 @@ def _grad_delta(grad_RT, x_BI, dtype) -> torch.Tensor:
 class _ReplaceSelectedOutputs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y_BO, x_BI, delta_RI, anchor_RI, index_R, bias_R):
-        rows_RI = anchor_RI + delta_RI
+        rows_RI = _sum(anchor_RI, delta_RI, y_BO.dtype)
         y_BO.index_copy_(-1, index_R, _outputs_of(x_BI, rows_RI, bias_R, y_BO.dtype))
         ctx.mark_dirty(y_BO)
         ctx.save_for_backward(x_BI, delta_RI, anchor_RI, index_R)
@@ -167,7 +173,8 @@ class _ReplaceSelectedOutputs(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_y = grad_BO.index_fill(-1, index_R, 0)
         if ctx.needs_input_grad[1]:
-            grad_TI = grad_RT.t() @ (anchor_RI + delta_RI).to(grad_RT.dtype)
+            rows_RI = _sum(anchor_RI, delta_RI, grad_RT.dtype)
+            grad_TI = grad_RT.t() @ rows_RI.to(grad_RT.dtype)
             grad_x = grad_TI.view(x_BI.shape).to(x_BI.dtype)
         if ctx.needs_input_grad[2]:
             grad_delta = _grad_delta(grad_RT, x_BI, delta_RI.dtype)

@@ -151,6 +151,23 @@ def test_a_configuration_used_for_a_dense_model_before_starts_exactly(llama, bit
     assert config.anchor == "checkpoint"
 
 
+def test_deltas_in_bf16_compute_what_the_same_values_in_fp32_do(llama):
+    """Such as TRL makes of them in training; loaded, they are fp32."""
+    model = selected(llama, 4).train()
+    fill_deltas(model)
+    tensors = [layer.spft_delta["default"].weight for layer in spft_layers(model).values()]
+    results = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for tensor in tensors:
+            tensor.data = tensor.data.to(dtype)
+            tensor.grad = None
+        loss = model(**batch()).loss
+        loss.backward()
+        results.append((loss, [tensor.grad.to(torch.bfloat16) for tensor in tensors]))
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(map(torch.equal, results[0][1], results[1][1]))
+
+
 def test_adapter_off_goes_back_to_the_start_with_the_adapter_on_around_it(base, bits):
     model = selected(base, bits).train()
     tokens = batch()
