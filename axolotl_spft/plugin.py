@@ -142,6 +142,11 @@ class SPFTPlugin(BasePlugin):
             return None
         return None if torch.accelerator.is_available() else {"use_cpu": True}
 
+    def post_train(self, cfg, model) -> None:
+        # Called twice, the second time when everything is saved, with what Axolotl holds.
+        if cfg.adapter == ADAPTER and not isinstance(model, PeftModel):
+            vars(model).pop("save_pretrained", None)  # see `save_adapter_alone`
+
     def post_trainer_create(self, cfg, trainer) -> None:
         if cfg.adapter != ADAPTER:
             return
