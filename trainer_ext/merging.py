@@ -16,19 +16,14 @@ from pathlib import Path
 
 import torch
 import transformers
-from peft import PeftConfig
-from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from .adapter_file import AdapterFile
 from .base_checkpoint import BaseCheckpoint
 from .errors import SpftError
-from .peft_type import add_peft_type
 from .stored_tensor import StoredTensor
-
-_PREFIX, _DELTA = "base_model.model.", ".spft_delta."
 
 
 def merge_checkpoint(
@@ -54,11 +49,11 @@ def merge_checkpoint(
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SpftError(f"the output {str(output)!r} exists; name a new folder")
-    config, layers, whole = _read_adapter(str(adapter))
-    source = str(base or config.base_model_name_or_path or "")
-    checkpoint = BaseCheckpoint.find(source, None if base else config.revision)
-    merged = {checkpoint.weight(layer): tensors for layer, tensors in layers.items()}
-    replaced = {_whole(checkpoint, name): tensor for name, tensor in whole.items()}
+    saved = AdapterFile.read(str(adapter))
+    source = str(base or saved.config.base_model_name_or_path or "")
+    checkpoint = BaseCheckpoint.find(source, None if base else saved.config.revision)
+    merged = {checkpoint.weight(layer): tensors for layer, tensors in saved.layers.items()}
+    replaced = {_whole(checkpoint, name): tensor for name, tensor in saved.whole.items()}
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,45 +69,6 @@ def merge_checkpoint(
             output.rmdir()
         os.replace(Path(folder) / "model", output)
     return output
-
-
-def _read_adapter(folder: str) -> tuple[PeftConfig, dict, dict]:
-    """Configuration, tensors by layer and kind, and tensors of modules that were trained whole."""
-    try:
-        config = PeftConfig.from_pretrained(folder)
-        tensors = load_peft_weights(folder, device="cpu")
-    except (ValueError, OSError, SafetensorError):
-        raise SpftError(
-            f"the adapter {folder!r} was not found, or lacks a whole adapter_config.json or "
-            "adapter_model.safetensors; give the folder that a training run wrote"
-        ) from None
-    if config.peft_type != add_peft_type("SPFT"):
-        raise SpftError(
-            f"the adapter {folder!r} is a {config.peft_type.value} adapter; merge it by PEFT"
-        )
-    layers: dict[str, dict[str, torch.Tensor]] = {}
-    whole = {}
-    for key, tensor in tensors.items():
-        name, is_delta, kind = key.removeprefix(_PREFIX).partition(_DELTA)
-        if is_delta:
-            layers.setdefault(name, {})[kind] = tensor
-        elif ".base_layer." not in key:  # PEFT saves a targeted head's own weight
-            whole[name] = tensor
-    needed = {"weight", "index", "selected"}
-    if config.anchor not in (None, "none"):
-        needed.add("anchor")
-    for name, kinds in layers.items():
-        if not needed <= kinds.keys():
-            raise SpftError(
-                f"the adapter {folder!r} lacks {', '.join(sorted(needed - kinds.keys()))} of "
-                f"{name}; its file is damaged, merge another checkpoint"
-            )
-        if not kinds["selected"]:
-            raise SpftError(
-                f"the adapter {folder!r} has never been trained: the neurons of {name} are not "
-                "selected; there is nothing to merge"
-            )
-    return config, layers, whole
 
 
 def _whole(checkpoint: BaseCheckpoint, name: str) -> StoredTensor:

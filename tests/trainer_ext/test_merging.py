@@ -143,10 +143,10 @@ def test_mistakes_are_told_and_leave_nothing(base, adapter, tmp_path):
     save_file(kept, lacking / "adapter_model.safetensors")
     for folder, output, source, line in (
         (adapter[1], "full", None, "exists; name a new folder"),
-        (tmp_path / "none", "out", None, "was not found, or lacks a whole adapter_config.json"),
-        (tmp_path / "lora", "out", None, "is a LORA adapter; merge it by PEFT"),
+        (tmp_path / "none", "out", None, "was not found, or has no whole adapter_config.json"),
+        (tmp_path / "lora", "out", None, "is a LORA adapter; give one of SPFT"),
         (tmp_path / "fresh", "out", None, "has never been trained"),
-        (cut, "out", None, "was not found, or lacks a whole"),
+        (cut, "out", None, "or has no whole adapter_model.safetensors"),
         (lacking, "out", None, "lacks selected of"),
         (adapter[1], "full/file/out", None, "cannot be made: "),
         (broken, "out", None, "has non-finite values for"),

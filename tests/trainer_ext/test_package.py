@@ -16,7 +16,9 @@ OPTIONAL = ("axolotl", "deepspeed", "trl", "bitsandbytes", "datasets")
 LAYERS = [
     {"errors", "peft_type", "files", "distributed", "stability", "class_column", "stored_tensor"},
     {"base_checkpoint", "config_checks", "scores", "provenance"},
-    {"calibration_mode", "agreement", "verdict", "merging", "config", "allocation"},
+    {"calibration_mode", "agreement", "verdict", "config", "allocation"},
+    {"adapter_file"},
+    {"merging"},
     {"tuner"},
     {"importance", "optim", "selection"},
     {"calibration", "report_page", "quantisation_error"},

@@ -13,15 +13,12 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
-from peft import PeftConfig
-from peft.utils import load_peft_weights
-from safetensors import SafetensorError
 from torch import nn
 
+from ..adapter_file import AdapterFile
 from ..base_checkpoint import BaseCheckpoint
 from ..distributed import from_main_process, is_sharded
 from ..errors import SpftError
-from ..peft_type import add_peft_type
 from .base_layers import checkpoint_has_columns, quantisation_of
 
 logger = logging.getLogger(__name__)
@@ -57,18 +54,8 @@ def take_over_start(config) -> None:
     if config.start_adapter is None or config.anchor is not None:
         return
     folder = config.start_adapter
-    try:
-        start = PeftConfig.from_pretrained(folder)
-    except (ValueError, OSError):
-        raise SpftError(
-            f"`start_adapter` is {folder!r}, where no readable adapter_config.json was found; give "
-            "the folder that a training run wrote (its output_dir or a checkpoint)"
-        ) from None
-    if start.peft_type != add_peft_type("SPFT"):
-        raise SpftError(
-            f"`start_adapter` is {folder!r}, which holds a {start.peft_type.value} adapter; give "
-            "an SPFT adapter, or merge that one into the model first"
-        )
+    with _of_start_adapter():
+        start = AdapterFile.read_config(folder)
     if start.modules_to_save or config.modules_to_save:
         raise SpftError(
             f"`start_adapter` is {folder!r} with modules_to_save "
@@ -216,15 +203,14 @@ def _mend():
 
 def _start_from(model: nn.Module, config, layers: dict, adapter_name: str) -> None:
     """Select an adapter's neurons, and make its values the anchor."""
-    folder = config.start_adapter
-    try:
-        tensors = load_peft_weights(folder, device="cpu")
-    except (OSError, ValueError, SafetensorError):
-        raise SpftError(
-            f"`start_adapter` is {folder!r}, where no whole adapter_model.safetensors was found; "
-            "give the folder that a training run wrote (its output_dir or a checkpoint)"
-        ) from None
-    saved = {name: _saved(tensors, name, folder) for name in layers}
+    with _of_start_adapter():
+        saved = AdapterFile.read(config.start_adapter).layers
+        missing = [name for name in layers if name not in saved]
+        if missing:
+            raise SpftError(
+                f"the adapter {config.start_adapter!r} has nothing for layer {missing[0]}; it was "
+                "made for another model"
+            )
     # its own anchor, else the base's rows: of a quantised base the original ones
     unanchored = {n: layer for n, layer in layers.items() if saved[n].get("anchor") is None}
     quantised = {n: layer for n, layer in unanchored.items() if not layer.has_dense_weight}
@@ -240,18 +226,10 @@ def _start_from(model: nn.Module, config, layers: dict, adapter_name: str) -> No
         layer.spft_delta[adapter_name].select(kinds["index"], rows)
 
 
-def _saved(tensors: dict[str, torch.Tensor], layer: str, folder: str) -> dict[str, torch.Tensor]:
-    """What an adapter's file has for a layer, by kind."""
-    prefix = f"base_model.model.{layer}.spft_delta."
-    kinds = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
-    if not {"weight", "index", "selected"} <= kinds.keys():
-        raise SpftError(
-            f"`start_adapter` is {folder!r}, whose file has not all of layer {layer}; it was made "
-            "for another model, or is damaged"
-        )
-    if not kinds["selected"]:
-        raise SpftError(
-            f"`start_adapter` is {folder!r}, which has never been trained: its neurons are not "
-            "selected; drop it"
-        )
-    return kinds
+@contextmanager
+def _of_start_adapter():
+    """Name the key that an adapter's mistakes come from."""
+    try:
+        yield
+    except SpftError as error:
+        raise error.within("`start_adapter`") from None

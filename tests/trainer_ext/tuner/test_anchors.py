@@ -216,16 +216,18 @@ def test_what_contradicts_it_is_refused(sft, config, line):
 
 
 def test_a_folder_without_a_trained_spft_adapter_is_refused(tmp_path):
-    with pytest.raises(SpftError, match=r"no readable adapter_config\.json was found"):
+    with pytest.raises(
+        SpftError, match=r"start_adapter: the adapter .*has no whole adapter_config\.json"
+    ):
         started("llama", tmp_path / "nothing")
     wrapped().save_pretrained(tmp_path / "fresh")
     with pytest.raises(SpftError, match="has never been trained"):
         started("llama", tmp_path / "fresh")
     (tmp_path / "fresh" / "adapter_model.safetensors").unlink()
-    with pytest.raises(SpftError, match=r"no whole adapter_model\.safetensors was found"):
+    with pytest.raises(SpftError, match=r"has no whole adapter_model\.safetensors"):
         started("llama", tmp_path / "fresh")
     from peft import LoraConfig
 
     get_peft_model(tiny_model(), LoraConfig(r=2)).save_pretrained(tmp_path / "lora")
-    with pytest.raises(SpftError, match="holds a LORA adapter"):
+    with pytest.raises(SpftError, match="is a LORA adapter; give one of SPFT"):
         started("llama", tmp_path / "lora")
