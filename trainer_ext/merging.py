@@ -31,7 +31,8 @@ def merge_checkpoint(
 ) -> Path:
     """Write a model folder whose weights hold an adapter's update.
 
-    Memory is bounded by one layer's trained rows; files are copied by the operating system.
+    In memory there are the adapter and, of the checkpoint, one layer's trained rows; files are copied
+    by the operating system.
 
     Args:
         adapter: folder of a saved SPFT adapter.
@@ -80,7 +81,13 @@ def _whole(checkpoint: BaseCheckpoint, name: str) -> StoredTensor:
             f"that name; {mend}"
         )
     stored = checkpoint.tensors[name]
-    config = AutoConfig.from_pretrained(stored.path.parent, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(stored.path.parent, trust_remote_code=False)
+    except (OSError, ValueError):
+        raise SpftError(
+            f"{name} was trained whole, and the checkpoint {checkpoint.source!r} does not say "
+            f"whether others share its weight; {mend}"
+        ) from None
     text = config.get_text_config()
     if text.tie_word_embeddings and stored.shape[0] == text.vocab_size:
         raise SpftError(
