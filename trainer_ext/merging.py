@@ -31,8 +31,8 @@ def merge_checkpoint(
 ) -> Path:
     """Write a model folder whose weights hold an adapter's update.
 
-    In memory there are the adapter and, of the checkpoint, one layer's trained rows; files are copied
-    by the operating system.
+    In memory there are the adapter and, of the checkpoint, one layer's trained rows; the operating
+    system copies the files.
 
     Args:
         adapter: folder of a saved SPFT adapter.
