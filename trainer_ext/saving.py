@@ -203,7 +203,7 @@ class CheckpointKeeper:
             name = model.active_adapters[0]
             if not (Path(resume_from_checkpoint) / name).is_dir():
                 model.load_adapter(resume_from_checkpoint, name, is_trainable=True)
-        # PEFT makes them fp32, but over a quantised base TRL trains them in bf16.
+        # PEFT makes them fp32; deltas that were made bf16 (autocast_adapter_dtype=False) stay so.
         for name, parameter in model.named_parameters():
             if name in dtypes:
                 parameter.data = parameter.data.to(dtypes[name])
