@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
@@ -59,7 +61,8 @@ LAYERS = {
 def tiny_model(architecture: str = "llama", seed: int = 0, dtype=torch.float32):
     """A freshly initialised model with biases that are not zero, the same for the same seed."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[architecture]).to(dtype)
+    config = copy.deepcopy(CONFIGS[architecture])  # models keep theirs, and tests change it
+    model = AutoModelForCausalLM.from_config(config).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):

@@ -28,7 +28,7 @@ from trainer_ext import (
     trained_parameters,
     write_through,
 )
-from trainer_ext.importance.noise import weight_noise
+from trainer_ext.importance.noise import chunk_rows, weight_noise
 from trainer_ext.trainer import IMPORTANCE_FILE
 
 FIELDS = {"r": 4, "calibration_batches": 2}
@@ -141,7 +141,9 @@ def test_zo_taylor_moves_the_policy_alone(tmp_path):
         policy = tiny_model().double()
         for name in scores:
             weight = policy.get_submodule(name).weight.data
-            noise = weight_noise((42, 0, 0, name), 0, *weight.shape).double()
+            chunks = range(-(-len(weight) // chunk_rows(weight.shape[1])))
+            noises = [weight_noise((42, 0, 0, name), chunk, *weight.shape) for chunk in chunks]
+            noise = torch.cat(noises).double()
             moved[name] = (weight * noise).abs().sum(dim=1)
             weight += sign * eps * noise
         losses.append(policy_loss(policy, steps[0]).item())
