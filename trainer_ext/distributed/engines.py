@@ -76,8 +76,9 @@ def refuse_unsupported_engine(trainer: Trainer) -> None:
     if engine.kind == "fsdp2":
         # FSDP2 puts plain parameters in the places of those that hold bitsandbytes' scales, unless
         # somebody has taught it otherwise, as Axolotl does.
-        layers = (m for m in trainer.model.modules() if type(m).__name__ == "Linear8bitLt")
-        if any(type(layer.weight).__name__ != "Int8Params" for layer in layers):
+        weights = [m.weight for m in trainer.model.modules() if type(m).__name__ == "Linear8bitLt"]
+        held = [getattr(weight, "_local_tensor", weight) for weight in weights]
+        if any(type(weight).__name__ != "Int8Params" for weight in held):
             raise SpftError(
                 "the base is loaded in 8 bits, which bitsandbytes cannot compute with under plain "
                 "FSDP2; load it in 4 bits, or use DDP, DeepSpeed or Axolotl"
