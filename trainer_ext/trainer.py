@@ -344,9 +344,8 @@ class SpftTrainerMixin:
         values = [parameter.data for parameter in trained]
         super().__init__(model, *args, **kw)
         for parameter, value in zip(trained, values, strict=True):
-            parameter.data = (
-                value  # TRL may have rounded it to bf16, but not its copy, the reference
-            )
+            if parameter.dtype != value.dtype:  # TRL rounds it, but not its copy, the reference
+                parameter.data = value.to(parameter.device)
         if getattr(self, "ref_model", None) is not None:
             raise SpftError(
                 f"{type(self).__name__} has a reference model of its own; SPFT's reference is the "

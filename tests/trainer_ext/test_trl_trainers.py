@@ -12,7 +12,7 @@ from adapters import wrapped
 from calibrations import assert_close_to_oracle
 from preferences import dpo_loss
 from tiny_models import tiny_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl_runs import arguments, completions, losses, pairs, tokenizer
 
@@ -23,6 +23,7 @@ from trainer_ext import (
     SpftConfig,
     SpftDPOTrainer,
     SpftSFTTrainer,
+    SpftTrainerMixin,
     current_selection,
     select_by_scores,
     trained_parameters,
@@ -179,3 +180,22 @@ def test_the_references_switching_leaves_no_gradients(tmp_path, reentrant):
     run.add_callback(look)
     run.train()
     assert look.looked
+
+
+def test_a_given_adapter_stays_where_the_trainer_has_moved_it(tmp_path):
+    """As to a GPU: the mixin undoes a rounding, nothing else."""
+
+    class Moving(Trainer):
+        def __init__(self, model, *args, **kw):
+            super().__init__(model, *args, **kw)
+            self.moved = {}
+            for name, parameter in model.named_parameters():
+                parameter.data = parameter.data.clone()
+                self.moved[name] = parameter.data_ptr()
+
+    class SpftMoving(SpftTrainerMixin, Moving):
+        pass
+
+    trainer = SpftMoving(wrapped(), TrainingArguments(tmp_path, use_cpu=True, report_to=[]))
+    parameters = trainer.model.named_parameters()
+    assert {name: p.data_ptr() for name, p in parameters} == trainer.moved
