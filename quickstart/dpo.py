@@ -19,7 +19,7 @@ import prepare_data
 import prepare_model
 import torch
 from datasets import Dataset
-from evaluate import encode
+from evaluate import encode, padded_batch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
@@ -88,23 +88,21 @@ def log_ratios(model, tokenizer, pairs: list[dict]) -> torch.Tensor:
         order = sorted(range(len(pairs)), key=lambda i: len(encoded[i][0]))
         for start in range(0, len(order), ROWS):
             chunk = order[start : start + ROWS]
-            values[chunk] = answer_log_probs(model, [encoded[i] for i in chunk])
+            batch = padded_batch([encoded[i] for i in chunk], tokenizer)
+            values[chunk] = answer_log_probs(model, batch)
         sums[kind] = values
     return sums["chosen"] - sums["rejected"]
 
 
-def answer_log_probs(model, rows: list[tuple[list[int], list[int]]]) -> torch.Tensor:
+def answer_log_probs(model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """Summed log-probabilities of the labelled tokens of each row."""
-    width = max(len(ids) for ids, _ in rows)
-    device = next(model.parameters()).device
-    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows], device=device)
-    mask = torch.tensor([[1] * len(i) + [0] * (width - len(i)) for i, _ in rows], device=device)
-    labels = torch.tensor([r + [-100] * (width - len(r)) for _, r in rows], device=device)[:, 1:]
+    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    labels = batch.pop("labels")[:, 1:]
     row, position = (labels != -100).nonzero(as_tuple=True)
     # of the answers' tokens alone: the vocabulary is large
-    logits = model(input_ids=ids, attention_mask=mask).logits[row, position].float()
+    logits = model(**batch).logits[row, position].float()
     chosen = logits.log_softmax(-1).gather(-1, labels[row, position, None])[:, 0]
-    return torch.zeros(len(rows), device=device).index_add_(0, row, chosen).cpu()
+    return chosen.new_zeros(len(labels)).index_add_(0, row, chosen).cpu()
 
 
 def summary(before: torch.Tensor, after: torch.Tensor) -> dict:

@@ -51,13 +51,17 @@ def batches(chats: list[list[dict]], tokenizer) -> Iterator[dict[str, torch.Tens
     """Padded batches, the longest first, with labels on the answers alone."""
     encoded = sorted((encode(chat, tokenizer) for chat in chats), key=lambda e: -len(e[0]))
     for start in range(0, len(encoded), BATCH_ROWS):
-        rows = encoded[start : start + BATCH_ROWS]
-        width = len(rows[0][0])
-        yield {
-            "input_ids": _padded([ids for ids, _ in rows], width, tokenizer.pad_token_id),
-            "attention_mask": _padded([[1] * len(ids) for ids, _ in rows], width, 0),
-            "labels": _padded([labels for _, labels in rows], width, -100),
-        }
+        yield padded_batch(encoded[start : start + BATCH_ROWS], tokenizer)
+
+
+def padded_batch(rows: list[tuple[list[int], list[int]]], tokenizer) -> dict[str, torch.Tensor]:
+    """Encoded chats of any lengths as one batch, padded at the end."""
+    width = max(len(ids) for ids, _ in rows)
+    return {
+        "input_ids": _padded([ids for ids, _ in rows], width, tokenizer.pad_token_id),
+        "attention_mask": _padded([[1] * len(ids) for ids, _ in rows], width, 0),
+        "labels": _padded([labels for _, labels in rows], width, -100),
+    }
 
 
 def encode(chat: list[dict], tokenizer) -> tuple[list[int], list[int]]:
