@@ -180,7 +180,7 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def _versions() -> dict[str, str]:
+def make_versions() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -198,7 +198,7 @@ def make_report(script: str, arguments: list[str], args: argparse.Namespace, **f
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "options": options,
         "machine": describe_machine(torch.device(args.device)),
-        "versions": _versions(),
+        "versions": make_versions(),
         **figures,
     }
 

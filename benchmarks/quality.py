@@ -1,8 +1,8 @@
-"""Held-out loss after the same short training, by importance metric and by allocation.
+"""Held-out loss after the same short training: by importance metric, random neurons, and LoRA.
 
-Trains the quickstart's model on the quickstart's data (run `make quickstart` first) through
-Axolotl, once a case and seed, with as many trained parameters each time, and measures the held-out
-loss on the saved adapter loaded anew. A case is a few keys of the YAML.
+SmolLM2-135M on docstrings, the quickstart's model and data (run `make quickstart` first, or name
+the folders). All cases train as many parameters, to rounding. Each runs with every seed at every
+learning rate. A row is written when its run ends; the same command goes on where it was stopped.
 
     python benchmarks/quality.py [--seeds 42 43] [--cases random group_taylor] [--max-steps 24]
 """
@@ -10,16 +10,28 @@ loss on the saved adapter loaded anew. A case is a few keys of the YAML.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import math
+import multiprocessing
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import yaml
-from measuring import describe_machine
+from measuring import describe_machine, make_versions, positive
+from peft import get_peft_model
+from peft_adapters import ADAPTERS, nearest_rank
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+
+from trainer_ext import SpftConfig, SpftTrainer, measure_importance
+from trainer_ext.files import write_bytes
+from trainer_ext.tuner.targets import default_target_modules
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "quickstart"))
@@ -27,124 +39,350 @@ sys.path.insert(0, str(ROOT / "quickstart"))
 import evaluate  # noqa: E402 (the quickstart's scripts are no package)
 
 CACHE = ROOT / "quickstart" / "cache"
-SCORES = "spft_importance.safetensors"
+R = 64  # neurons a layer, as in the quickstart
+LORA = "lora"
+# Fields of SpftConfig; LoRA has none.
 CASES: dict[str, dict] = {
-    "random": {"spft_importance": "random"},
-    "magnitude": {"spft_importance": "magnitude"},
-    "wanda": {"spft_importance": "wanda"},
-    "zo_taylor": {"spft_importance": "zo_taylor"},
+    "random": {"importance": "random"},
+    "magnitude": {"importance": "magnitude"},
+    "wanda": {"importance": "wanda"},
+    "zo_taylor": {"importance": "zo_taylor"},
     # the module of the standard library that a function comes from
-    "quantile_mean": {"spft_importance": "quantile_mean", "spft_class_field": "module"},
-    "taylor": {"spft_importance": "taylor"},
-    "group_taylor": {"spft_importance": "group_taylor"},
-    # by the scores of the case before it
-    "group_taylor, global": {"spft_allocation": "global", "spft_importance_file": SCORES},
+    "quantile_mean": {"importance": "quantile_mean", "class_field": "module"},
+    "taylor": {"importance": "taylor"},
+    "group_taylor": {"importance": "group_taylor"},
+    "group_taylor, global": {"importance": "group_taylor", "allocation": "global"},
+    LORA: {},
 }
 
 
-def main(argv: list[str] | None = None) -> int:
+@dataclass(frozen=True)
+class Setting:
+    """What all rows of a table have in common; rows of another setting are not mixed with them.
+
+    Attributes:
+        code: fingerprint of the package's and this benchmark's source.
+        rows: samples of a training step.
+        held_out: held-out samples at most, the first of the file.
+        device: name of the GPU or processor type.
+    """
+
+    code: str
+    max_steps: int
+    rows: int
+    calibration_batches: int
+    held_out: int
+    device: str
+
+
+@dataclass(frozen=True)
+class Job:
+    case: str
+    seed: int
+    learning_rate: float
+
+
+class Bench:
+    """The model's folder, the encoded data, and what is done with them; one in each process."""
+
+    def __init__(self, args: argparse.Namespace, setting: Setting) -> None:
+        self.args, self.setting = args, setting
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.train = self._samples("train.jsonl")
+        self.held_out = self._samples("held_out.jsonl")[: setting.held_out]
+
+    def _samples(self, name: str) -> list[dict]:
+        rows = [json.loads(line) for line in (self.args.data / name).read_text().splitlines()]
+        encoded = (evaluate.encode(row["messages"], self.tokenizer) for row in rows)
+        return [
+            {"input_ids": ids, "labels": labels, "module": row["module"]}
+            for (ids, labels), row in zip(encoded, rows, strict=True)
+        ]
+
+    def collate(self, rows: list[dict]) -> dict[str, torch.Tensor]:
+        return evaluate.padded_batch(
+            [(row["input_ids"], row["labels"]) for row in rows], self.tokenizer
+        )
+
+    def base(self):
+        model = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.bfloat16)
+        return model.to(self.args.device)
+
+    def run(self, job: Job) -> dict:
+        """Train one case; its row. Losses are nats a token of the held-out answers."""
+        with tempfile.TemporaryDirectory(prefix="spft-quality-") as folder:
+            trainer = self._trainer(job, Path(folder))
+            before = self.held_out_loss(trainer.model)
+            started = time.perf_counter()
+            trainer.train()
+            seconds = time.perf_counter() - started
+            report = Path(folder, "spft_report.json")
+            calibration = json.loads(report.read_text())["calibration"] if report.exists() else None
+        trained = [p for p in trainer.model.parameters() if p.requires_grad]
+        return {
+            **asdict(job),
+            "held_out_loss_before": before,
+            "held_out_loss_after": self.held_out_loss(trainer.model),
+            "trainable_parameters": sum(p.numel() for p in trained),
+            "agreement_of_halves": (calibration or {}).get("agreement_of_halves"),
+            "batches_wanted": (calibration or {}).get("batches_wanted"),
+            "training_seconds": seconds,
+        }
+
+    def _trainer(self, job: Job, folder: Path) -> Trainer:
+        args = TrainingArguments(
+            str(folder),
+            max_steps=self.setting.max_steps,
+            per_device_train_batch_size=self.setting.rows,
+            learning_rate=job.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=4,
+            weight_decay=0.0,
+            bf16=self.args.device == "cuda",  # weights are bf16 either way
+            use_cpu=self.args.device == "cpu",
+            seed=job.seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+        )
+        more = {"train_dataset": self.train, "data_collator": self.collate}
+        model = self.base()
+        if job.case == LORA:
+            torch.manual_seed(job.seed)
+            return Trainer(get_peft_model(model, self._lora(model)), args, **more)
+        options = dict(CASES[job.case])
+        if options.get("allocation") == "global":  # by the scores of a calibration of its own
+            options["importance_file"] = self._scores(model, job, folder)
+            model = self.base()
+        return SpftTrainer(model, args, **more, spft_config=self._config(job, **options))
+
+    def _config(self, job: Job, **options) -> SpftConfig:
+        batches = self.setting.calibration_batches
+        return SpftConfig(r=R, calibration_batches=batches, seed=job.seed, **options)
+
+    def _lora(self, model):
+        """LoRA on the same layers, at the rank whose number of parameters is nearest."""
+        names = default_target_modules(model)
+        layers = [model.get_submodule(name) for name in names]
+        shapes = [(layer.in_features, layer.out_features) for layer in layers]
+        budget = sum(min(R, d_out) * d_in for d_in, d_out in shapes)
+        config = ADAPTERS[LORA].config(nearest_rank(ADAPTERS[LORA], shapes, budget), names)
+        config.lora_alpha = config.r
+        return config
+
+    def _scores(self, model, job: Job, folder: Path) -> str:
+        model = get_peft_model(model, self._config(job, importance="group_taylor"))
+        count = self.setting.calibration_batches * self.setting.rows
+        batches = self.batches(self.train[:count], self.setting.rows)
+
+        def runs():
+            for batch in batches:
+
+                def run_batch(backward: bool, batch=batch) -> torch.Tensor:
+                    loss = model(**batch).loss
+                    if backward:
+                        loss.backward()
+                    return loss.detach()
+
+                yield run_batch
+
+        path = folder / "scores.safetensors"
+        measure_importance(model, runs()).save(path)
+        return str(path)
+
+    def batches(self, samples: list[dict], rows: int) -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, len(samples), rows):
+            batch = self.collate(samples[start : start + rows])
+            yield {key: value.to(self.args.device) for key, value in batch.items()}
+
+    def held_out_loss(self, model) -> float:
+        """Mean loss over the held-out answers' tokens, each token counting the same."""
+        training = model.training
+        model.eval()
+        total = tokens = 0
+        for batch in self.batches(sorted(self.held_out, key=lambda s: -len(s["input_ids"])), 16):
+            total += evaluate.summed_loss(model, batch)
+            tokens += int((batch["labels"][:, 1:] != -100).sum())
+        model.train(training)
+        return total / tokens
+
+
+_bench: Bench | None = None  # of a worker process
+
+
+def _start_worker(args: argparse.Namespace, setting: Setting) -> None:
+    global _bench
+    torch.set_num_threads(1)
+    _bench = Bench(args, setting)
+
+
+def _run_in_worker(job: Job) -> dict:
+    return _bench.run(job)
+
+
+def run_all(jobs: list[Job], args, setting: Setting, deadline: float) -> Iterator[dict]:
+    """Rows of the jobs as they end; none begins after the deadline (time.monotonic)."""
+    if args.workers == 1:
+        bench = Bench(args, setting)
+        for job in jobs:
+            if time.monotonic() > deadline:
+                return
+            yield bench.run(job)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, context, _start_worker, (args, setting)) as pool:
+        waiting = {pool.submit(_run_in_worker, job): job for job in jobs}
+        for done in as_completed(waiting):
+            if not done.cancelled():
+                yield done.result()
+            if time.monotonic() > deadline:
+                for future in waiting:
+                    future.cancel()
+
+
+def code_fingerprint() -> str:
+    """Of everything that decides what a row holds."""
+    files = [*sorted((ROOT / "trainer_ext").rglob("*.py")), Path(__file__), Path(evaluate.__file__)]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def read_rows(path: Path, setting: Setting) -> list[dict]:
+    """The rows of earlier calls.
+
+    Raises:
+        ValueError: they were made by other code, with other options or on another device.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines()
+    whole = [line for line in lines if line.endswith("}")]  # a killed call may leave half a line
+    rows = [json.loads(line) for line in whole]
+    for row in rows:
+        for key, value in asdict(setting).items():
+            if row["setting"][key] != value:
+                raise ValueError(
+                    f"{path} has rows with {key} = {row['setting'][key]}, this call has {value}; "
+                    "give another --output-dir, or remove the file"
+                )
+    return rows
+
+
+def render(rows: list[dict]) -> str:
+    """The table in Markdown, best case first."""
+    setting, versions = rows[0]["setting"], rows[0]["versions"]
+    by_case: dict[str, dict[float, list[dict]]] = {}
+    for row in sorted(rows, key=lambda row: (row["learning_rate"], row["seed"])):
+        by_case.setdefault(row["case"], {}).setdefault(row["learning_rate"], []).append(row)
+    rates = sorted({row["learning_rate"] for row in rows})
+
+    def mean(found: list[dict] | None) -> float:
+        return statistics.mean(r["held_out_loss_after"] for r in found) if found else math.inf
+
+    def cell(case: str, rate: float, best: float) -> str:
+        found = by_case[case].get(rate)
+        if not found:
+            return ""
+        each = ", ".join(f"{row['held_out_loss_after']:.3f}" for row in found)
+        text = f"{mean(found):.3f} ({each})" if len(found) > 1 else each
+        return f"**{text}**" if mean(found) == best else text
+
+    lines = [
+        f"Held-out loss (nats a token) of SmolLM2-135M after {setting['max_steps']} steps of "
+        f"{setting['rows']} docstrings; before: {rows[0]['held_out_loss_before']:.3f}. Mean over "
+        f"the seeds, each seed's in brackets; each case's best rate in bold. {setting['device']}, "
+        f"torch {versions['torch']}, transformers {versions['transformers']}, peft "
+        f"{versions['peft']}.",
+        "",
+        f"| case | {' | '.join(f'rate {rate:g}' for rate in rates)} | trained parameters | "
+        "halves agree (beyond chance) |",
+        "|---|" + "---|" * (len(rates) + 2),
+    ]
+    best = {case: min(map(mean, found.values())) for case, found in by_case.items()}
+    for case in sorted(by_case, key=best.get):
+        all_rows = [row for found in by_case[case].values() for row in found]
+        agreements = [r["agreement_of_halves"] for r in all_rows if r["agreement_of_halves"]]
+        agreement = f"{statistics.mean(agreements):.2f}" if agreements else ""
+        cells = " | ".join(cell(case, rate, best[case]) for rate in rates)
+        lines.append(
+            f"| {case} | {cells} | {all_rows[0]['trainable_parameters']:,} | {agreement} |"
+        )
+    return "\n".join([*lines, ""])
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[42])
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--max-steps", type=int, default=24)
-    parser.add_argument("--output-dir", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3])
+    parser.add_argument("--max-steps", type=positive, default=24)
+    parser.add_argument("--rows", type=positive, default=4, help="samples of a step")
+    parser.add_argument("--calibration-batches", type=positive, default=8)
+    parser.add_argument("--held-out", type=positive, default=1000, help="samples at most")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=positive, default=1, help="runs at a time, on a GPU")
+    parser.add_argument("--time-limit", type=positive, help="seconds; no run begins after them")
+    parser.add_argument("--model", type=Path, default=CACHE / "model")
+    parser.add_argument("--data", type=Path, default=CACHE / "data")
+    parser.add_argument(
+        "--output-dir",
+        type=Path,
+        default=ROOT / "benchmarks" / "results" / "quality-135m-docstrings",
+    )
     args = parser.parse_args(argv)
-    if not (CACHE / "model").is_dir():
-        parser.error("the quickstart's model is not there; run `make quickstart` first")
-    rows = []
-    with tempfile.TemporaryDirectory(prefix="spft-quality-") as folder:
-        for seed in args.seeds:
-            for case in args.cases:
-                rows.append(run(case, seed, args.max_steps, Path(folder)))
-                print(json.dumps(rows[-1]), flush=True)
-    report = {
-        "script": "benchmarks/quality.py",
-        "command": " ".join(["python benchmarks/quality.py", *(argv or sys.argv[1:])]),
-        "machine": describe_machine(torch.device("cpu")),
-        "max_steps": args.max_steps,
-        "rows": rows,
-    }
-    folder = args.output_dir / "quality-135m-docstrings"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "figures.json").write_text(json.dumps(report, indent=1) + "\n")
-    (folder / "table.md").write_text(render(report))
-    print(render(report))
-    return 0
+    for folder in (args.model, args.data):
+        if not folder.is_dir():
+            parser.error(f"{folder} is not there; run make quickstart first, or name another")
+    return args
 
 
-def run(case: str, seed: int, max_steps: int, folder: Path) -> dict:
-    """Train one case; its figures. Losses are nats a token of the held-out answers."""
-    out = folder / f"{case.replace(', ', '-')}-{seed}"
-    keys = dict(CASES[case])
-    if "spft_importance_file" in keys:
-        keys["spft_importance_file"] = str(folder / f"group_taylor-{seed}" / SCORES)
-    config = yaml.safe_load((ROOT / "example_configs" / "quickstart.yml").read_text())
-    config |= {
-        # packed rows hold several classes
-        "sample_packing": False,
-        "micro_batch_size": 4,
-        "spft_calibration_batches": 8,
-        "max_steps": max_steps,
-        "save_strategy": "no",
-        "save_steps": None,
-        "auto_resume_from_checkpoints": False,
-        "dataset_prepared_path": str(folder / "prepared"),
-        "output_dir": str(out),
-        "seed": seed,
-        "spft_seed": seed,
-        **keys,
-    }
-    path = folder / "run.yml"
-    path.write_text(yaml.safe_dump({k: v for k, v in config.items() if v is not None}))
-    command = [sys.executable, "-m", "axolotl.cli.train", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(
-            f"{case}: axolotl train ended with {done.returncode}\n{done.stderr[-3000:]}"
-        )
-    losses = evaluate.held_out_losses(CACHE / "model", out, CACHE / "data" / "held_out.jsonl")
-    report = json.loads((out / "spft_report.json").read_text())
-    calibration = report["calibration"]
-    return {
-        "case": case,
-        "seed": seed,
-        "held_out_loss_before": losses.before,
-        "held_out_loss_after": losses.after,
-        "trainable_parameters": report["trainable_parameters"],
-        "agreement_of_halves": calibration["agreement_of_halves"],
-        "batches_wanted": calibration["batches_wanted"],
-    }
-
-
-def render(report: dict) -> str:
-    """The table in Markdown, best case first."""
-    by_case: dict[str, list[dict]] = {}
-    for row in report["rows"]:
-        by_case.setdefault(row["case"], []).append(row)
-    means = {
-        case: statistics.mean(row["held_out_loss_after"] for row in rows)
-        for case, rows in by_case.items()
-    }
-    before = report["rows"][0]["held_out_loss_before"]
-    lines = [
-        f"Held-out loss (nats a token) after {report['max_steps']} steps of the quickstart without "
-        f"packing; before: {before:.3f}. Mean over the seeds, each seed's in brackets.",
-        "",
-        "| case | held-out loss | trained parameters | halves agree (beyond chance) |",
-        "|---|---|---|---|",
+def main(argv: list[str] | None = None) -> int:
+    """Run what has not been run yet, then print the table; returns the exit code."""
+    args = parse(argv)
+    deadline = time.monotonic() + (args.time_limit or math.inf)
+    machine = describe_machine(torch.device(args.device))
+    setting = Setting(
+        code=code_fingerprint(),
+        max_steps=args.max_steps,
+        rows=args.rows,
+        calibration_batches=args.calibration_batches,
+        held_out=args.held_out,
+        device=machine.get("gpu", "cpu"),
+    )
+    path = args.output_dir / "rows.jsonl"
+    try:
+        rows = read_rows(path, setting)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())  # whole lines only
+    done = {Job(row["case"], row["seed"], row["learning_rate"]) for row in rows}
+    wanted = [
+        Job(case, seed, rate)
+        for seed in args.seeds
+        for rate in args.learning_rates
+        for case in args.cases
     ]
-    for case in sorted(by_case, key=means.get):
-        rows = by_case[case]
-        each = ", ".join(f"{row['held_out_loss_after']:.3f}" for row in rows)
-        agreements = [
-            r["agreement_of_halves"] for r in rows if r["agreement_of_halves"] is not None
-        ]
-        agreement = f"{statistics.mean(agreements):.2f}" if agreements else ""
-        lines.append(
-            f"| {case} | {means[case]:.3f} ({each}) | {rows[0]['trainable_parameters']:,} | "
-            f"{agreement} |"
-        )
-    return "\n".join([*lines, ""])
+    jobs = [job for job in wanted if job not in done]
+    common = {"setting": asdict(setting), "machine": machine, "versions": make_versions()}
+    with path.open("a") as file:
+        for row in run_all(jobs, args, setting, deadline):
+            rows.append({**row, "workers": args.workers, **common})
+            file.write(json.dumps(rows[-1]) + "\n")
+            file.flush()
+            print(
+                f"{row['case']} seed {row['seed']} rate {row['learning_rate']:g}: "
+                f"{row['held_out_loss_after']:.3f}",
+                flush=True,
+            )
+    page = render(rows)
+    write_bytes(args.output_dir / "table.md", page.encode())
+    print(page)
+    print(f"{len(rows)} rows, {len(wanted) - len(rows)} left for another call")
+    return 0
 
 
 if __name__ == "__main__":

@@ -100,13 +100,33 @@ def rewrite(layers: Iterable) -> None:
     for bucket in _buckets(layers):
         for _, written, _ in bucket:
             written.seen = None
-        sums = torch._foreach_add(
-            [delta.weight.detach() for _, _, delta in bucket],
-            [written.rows if d.anchor is None else d.anchor for _, written, d in bucket],
-        )
-        for (layer, written, delta), rows in zip(bucket, sums, strict=True):
+        starts = [written.rows if d.anchor is None else d.anchor for _, written, d in bucket]
+        deltas = [delta.weight.detach() for _, _, delta in bucket]
+        rounded = _rounded_sums(starts, deltas, [written.rows.dtype for _, written, _ in bucket])
+        for (layer, written, delta), rows in zip(bucket, rounded, strict=True):
             _put(layer, written.index, rows)
             written.seen = state_of(delta)
+
+
+def _rounded_sums(
+    starts: list[torch.Tensor], deltas: list[torch.Tensor], dtypes: list[torch.dtype]
+) -> list[torch.Tensor]:
+    """start + delta of each pair, summed in the wider dtype and rounded to the given one.
+
+    On a GPU these are three kernels for all pairs together: the foreach sum of two different
+    dtypes would be one or two for each.
+    """
+    if {t.dtype for t in (*starts, *deltas)} == set(dtypes):
+        return list(torch._foreach_add(starts, deltas))
+    sums = [
+        torch.empty_like(delta, dtype=torch.promote_types(delta.dtype, start.dtype))
+        for start, delta in zip(starts, deltas, strict=True)
+    ]
+    torch._foreach_copy_(sums, starts)
+    torch._foreach_add_(sums, deltas)
+    rounded = [torch.empty_like(s, dtype=dtype) for s, dtype in zip(sums, dtypes, strict=True)]
+    torch._foreach_copy_(rounded, sums)
+    return rounded
 
 
 @torch.no_grad()
