@@ -40,7 +40,8 @@ class NoHostReads(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, first = _name(function), args[0] if args else None
-        if name in _READS and first.data_ptr() not in self._counters:
+        reads = name in _READS and first.data_ptr() not in self._counters
+        if reads or (name.startswith("index") and _has_mask(args[1])):
             raise HostWaitsError(f"{name} of a tensor of shape {tuple(first.shape)}")
         out = function(*args, **(kwargs or {}))
         if torch.is_tensor(out) and torch.is_tensor(first) and first.is_cuda and not out.is_cuda:
@@ -48,8 +49,15 @@ class NoHostReads(TorchDispatchMode):
         return out
 
 
+def _has_mask(index) -> bool:
+    """Whether an index is a mask, whose positions are looked for on the device."""
+    return isinstance(index, list | tuple) and any(
+        torch.is_tensor(i) and i.dtype in (torch.bool, torch.uint8) for i in index
+    )
+
+
 def _name(function) -> str:
-    return function.overloadpacket._opname
+    return function.overloadpacket.__name__
 
 
 def far(a: torch.Tensor, b: torch.Tensor) -> float:
