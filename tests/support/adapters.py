@@ -10,10 +10,10 @@ from trainer_ext import SpftConfig, select_neurons
 from trainer_ext.tuner.model import deltas
 
 
-def wrapped(architecture: str = "llama", dtype=torch.float32, **fields) -> PeftModel:
+def wrapped(architecture: str = "llama", dtype=torch.float32, device="cpu", **fields) -> PeftModel:
     """A fresh adapter on a tiny model; nothing is selected."""
     fields = {"r": 4, "importance": "random", "task_type": "CAUSAL_LM", **fields}
-    return get_peft_model(tiny_model(architecture, dtype=dtype), SpftConfig(**fields))
+    return get_peft_model(tiny_model(architecture, dtype=dtype).to(device), SpftConfig(**fields))
 
 
 def selected(architecture: str = "llama", dtype=torch.float32, **fields) -> PeftModel:
@@ -27,7 +27,8 @@ def fill_deltas(model: PeftModel, adapter_name: str = "default", scale: float = 
     """Random non-zero deltas, as after training."""
     generator = torch.Generator().manual_seed(1)
     for delta in deltas(model, adapter_name).values():
-        delta.weight.data = scale * torch.randn(delta.weight.shape, generator=generator)
+        values = scale * torch.randn(delta.weight.shape, generator=generator)
+        delta.weight.data = values.to(delta.weight.device)
 
 
 def trained(architecture: str = "llama", dtype=torch.float32, **fields) -> PeftModel:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from tiny_models import batch, packed_batch
 
 from trainer_ext import measure_importance
@@ -14,8 +15,9 @@ BATCHES = {
 
 
 def runs(model, batches):
-    """One callable a batch, as the calibration takes them."""
-    for inputs in batches:
+    """One callable a batch, on the model's device, as the calibration takes them."""
+    for data in batches:
+        inputs = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in data.items()}
 
         def run_batch(backward, inputs=inputs):
             loss = model(**inputs).loss

@@ -11,11 +11,13 @@ from trainer_ext.tuner.trained import mark_trained
 SHAPES = ((1, 8), (4, 32), (64, 96), (3, 1500))
 
 
-def compact(dtype=torch.float32, shapes=SHAPES, scale: float = 0.1) -> list[nn.Parameter]:
+def compact(
+    dtype=torch.float32, shapes=SHAPES, scale: float = 0.1, device="cpu"
+) -> list[nn.Parameter]:
     """Marked parameters as of deltas in training, the same every time."""
     generator = torch.Generator().manual_seed(0)
     parameters = [
-        nn.Parameter((scale * torch.randn(shape, generator=generator)).to(dtype))
+        nn.Parameter((scale * torch.randn(shape, generator=generator)).to(device, dtype))
         for shape in shapes
     ]
     for parameter in parameters:
@@ -29,7 +31,7 @@ def set_gradients(parameters, step: int) -> None:
     for i, parameter in enumerate(parameters):
         size = 10.0 ** (i % 3 - 2)
         gradient = size * torch.randn(parameter.shape, generator=generator)
-        parameter.grad = gradient.to(parameter.dtype)
+        parameter.grad = gradient.to(parameter.device, parameter.dtype)
 
 
 def drive(optimizer, steps: int, start: int = 0) -> None:

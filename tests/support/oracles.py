@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+from tiny_models import tiny_model
 from transformers.pytorch_utils import Conv1D
+
+from trainer_ext.importance.noise import chunk_rows, weight_noise
 
 
 def models_own_loss(model, batch: dict) -> torch.Tensor:
@@ -115,3 +118,62 @@ def quantile_mean(model, batches: list[dict], classes: list[list[int]]) -> dict[
 
 def _targets(batch: dict) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
+
+
+# What SpftConfig is to have, for `zo_taylor` below to be its oracle: seed, zo_eps, zo_directions.
+ZO_SEED, ZO_EPS, ZO_DIRECTIONS = 42, 1e-3, 3
+
+
+def explicit_noise(
+    number: int, direction: int, name: str, stored: torch.Tensor, device="cpu"
+) -> torch.Tensor:
+    """The noise of a whole weight in one direction of one batch, as made on `device`."""
+    rows, columns = stored.shape
+    chunks = range(-(-rows // chunk_rows(columns)))
+    key = (ZO_SEED, number, direction, name)
+    noise = [weight_noise(key, chunk, rows, columns, device) for chunk in chunks]
+    return torch.cat(noise).to(stored)
+
+
+def zo_taylor(model, names, batches: list, device="cpu") -> dict[str, torch.Tensor]:
+    """sum_j |w_ij gbar_ij|, gbar the mean of c z, by moving all weights along explicit noise.
+
+    Args:
+        model: a plain one in fp64 and eval mode, which is changed.
+        names: of the layers.
+        device: where the noise is made: it is another one on a GPU.
+    """
+    stored = {name: model.get_submodule(name).weight for name in names}
+    original = {name: weight.detach().clone() for name, weight in stored.items()}
+    gradients = {name: torch.zeros_like(weight) for name, weight in stored.items()}
+    with torch.no_grad():
+        for number, inputs in enumerate(batches):
+            for direction in range(ZO_DIRECTIONS):
+                noise = {
+                    name: explicit_noise(number, direction, name, weight, device)
+                    for name, weight in stored.items()
+                }
+                losses = []
+                for sign in (1, -1):
+                    for name, weight in stored.items():
+                        weight.copy_(original[name] + sign * ZO_EPS * noise[name])
+                    losses.append(model(**inputs).loss.double())
+                c = (losses[0] - losses[1]) / (2 * ZO_EPS)
+                for name, z in noise.items():
+                    gradients[name] += c * z / (len(batches) * ZO_DIRECTIONS)
+    return {
+        name: rows_of(model.get_submodule(name), (weight * gradients[name]).abs()).sum(dim=1)
+        for name, weight in original.items()
+    }
+
+
+def rounding_of_zo_taylor(architecture: str, names) -> dict[str, torch.Tensor]:
+    """Largest error of each score of `zo_taylor` that the rounding of an fp32 loss explains.
+
+    A loss computed in fp32 is off by some units in its last place, u each. One direction's c is
+    then off by up to 2 k u / (2 eps), and a score by that times the mean of sum_j |w_ij z_ij|. Mean
+    over n independent directions: k = 32 units leaves room for the forward's own rounding.
+    """
+    unit = torch.finfo(torch.float32).eps * 8  # losses lie between 8 and 16
+    dense = weights(tiny_model(architecture))
+    return {name: 32 * unit / ZO_EPS * dense[name].double().abs().sum(dim=1) for name in names}

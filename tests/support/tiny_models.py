@@ -90,7 +90,7 @@ def few_tokens() -> list[dict[str, torch.Tensor]]:
 
 
 def batch(
-    seed: int = 0, rows: int = 3, length: int = 16, padding: bool = False
+    seed: int = 0, rows: int = 3, length: int = 16, padding: bool = False, device="cpu"
 ) -> dict[str, torch.Tensor]:
     """Random tokens with labels; with `padding`, rows of different lengths."""
     generator = torch.Generator().manual_seed(seed)
@@ -99,11 +99,12 @@ def batch(
     if padding:
         for row in range(1, rows):
             mask[row, length - 3 * row :] = 0
-    return {
+    data = {
         "input_ids": torch.where(mask.bool(), tokens, 256),
         "attention_mask": mask,
         "labels": torch.where(mask.bool(), tokens, -100),
     }
+    return {key: value.to(device) for key, value in data.items()}
 
 
 def packed_batch(seed: int = 0, lengths: tuple[int, ...] = (7, 5, 9)) -> dict:

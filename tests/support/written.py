@@ -17,12 +17,14 @@ def without_dropout(model):
     return model
 
 
-def training(architecture="llama", dtype=torch.float32, layers=(), **fields) -> PeftModel:
+def training(
+    architecture="llama", dtype=torch.float32, layers=(), device="cpu", **fields
+) -> PeftModel:
     """A trained adapter in train mode whose update is written into the base weights, but for those
     of `layers`."""
-    model = without_dropout(trained(architecture, dtype, **fields).train())
+    model = without_dropout(trained(architecture, dtype, device=device, **fields).train())
     step_once(model)
-    model(**batch())
+    model(**batch(device=device))
     unwritten = {n for n, layer in spft_layers(model).items() if layer.written is None}
     assert unwritten == set(layers)
     return model
@@ -47,7 +49,7 @@ def originals(architecture="llama", dtype=torch.float32) -> dict[str, torch.Tens
 def is_base(model, architecture="llama", dtype=torch.float32) -> bool:
     """Whether every base weight is W0 to the bit."""
     expected = originals(architecture, dtype)
-    return all(torch.equal(w, expected[n]) for n, w in base_weights(model).items())
+    return all(torch.equal(w.cpu(), expected[n]) for n, w in base_weights(model).items())
 
 
 def gradients(model, data) -> dict[str, torch.Tensor]:
@@ -58,4 +60,4 @@ def gradients(model, data) -> dict[str, torch.Tensor]:
 
 def logits(model, data=None) -> torch.Tensor:
     with torch.no_grad():
-        return model(**(data or batch())).logits
+        return model(**(data or batch(device=model.device))).logits

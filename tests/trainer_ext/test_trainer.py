@@ -15,7 +15,8 @@ from adapters import selected, wrapped
 from oracles import weights
 from tiny_models import dataset, tiny_model
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from training_arguments import arguments
+from transformers import Trainer, TrainerCallback
 
 from trainer_ext import (
     ImportanceScores,
@@ -46,23 +47,6 @@ class Recording(SpftTrainer):
         self._metrics["train"]["tokens"].append(inputs["input_ids"].numel())
         torch.rand(3), random.random(), np.random.rand()  # losses may be random
         return super().compute_loss(model, inputs, *args, **kwargs)
-
-
-def arguments(folder, **more) -> TrainingArguments:
-    return TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": [],
-            "use_cpu": True,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            **more,
-        }
-    )
 
 
 def trainer(folder, kind=Recording, config=None, data=None, callbacks=(), **more):

@@ -8,26 +8,15 @@ import torch
 from adapters import wrapped
 from safetensors.torch import load_file
 from tiny_models import batch, dataset, tiny_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from training_arguments import arguments
+from transformers import Trainer, TrainerCallback
 from written import is_base
 
 from trainer_ext import SpftCallback, SpftConfig, SpftError, SpftTrainer, restore_base
 from trainer_ext.tuner.model import deltas, spft_layers
 
-
-def arguments(folder, **more) -> TrainingArguments:
-    settings = {
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "adam_epsilon": 1e-3,  # well above gradient noise, so that rounding stays rounding
-        "logging_steps": 1,
-        "report_to": [],
-        "use_cpu": True,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return TrainingArguments(str(folder), **{**settings, **more})
+# An epsilon well above gradient noise, so that rounding stays rounding.
+SETTINGS = {"max_steps": 6, "adam_epsilon": 1e-3}
 
 
 class Watch(TrainerCallback):
@@ -51,7 +40,7 @@ def trainer(folder, forward="auto", break_at=None, **more) -> tuple[Trainer, Wat
     watch = Watch(break_at)
     run = Trainer(
         model,
-        arguments(folder, **more),
+        arguments(folder, **{**SETTINGS, **more}),
         train_dataset=data,
         eval_dataset=data[:8],
         callbacks=[watch],

@@ -9,51 +9,20 @@ import pytest
 import torch
 from adapters import wrapped
 from calibrations import measured, runs
-from oracles import weights
+from oracles import ZO_DIRECTIONS as DIRECTIONS
+from oracles import ZO_EPS as EPS
+from oracles import explicit_noise, rounding_of_zo_taylor, zo_taylor
 from tiny_models import CONFIGS, batch, tiny_model
 
 from trainer_ext import measure_importance
 from trainer_ext.calibration_mode import calibration_mode
 from trainer_ext.importance import noise as noise_module
 from trainer_ext.importance import zo_taylor as zo_module
-from trainer_ext.importance.noise import chunk_rows, weight_noise
+from trainer_ext.importance.noise import weight_noise
 from trainer_ext.importance.zo_taylor import NOISY_RANKING, ZoTaylor
 from trainer_ext.tuner.model import spft_layers
 
 BATCHES = [batch(seed) for seed in range(3)]
-SEED, EPS, DIRECTIONS = 42, 1e-3, 3
-
-
-def explicit_noise(number: int, direction: int, name: str, stored: torch.Tensor) -> torch.Tensor:
-    rows, columns = stored.shape
-    chunks = range(-(-rows // chunk_rows(columns)))
-    key = (SEED, number, direction, name)
-    return torch.cat([weight_noise(key, chunk, rows, columns) for chunk in chunks]).to(stored)
-
-
-def oracle(architecture, names, batches, dtype):
-    """Scores by moving all weights along explicit noise; and the largest |c|."""
-    model = tiny_model(architecture, dtype=dtype).eval()  # eval: no dropout
-    stored = {name: model.get_submodule(name).weight for name in names}
-    original = {name: weight.detach().clone() for name, weight in stored.items()}
-    gradients = {name: torch.zeros_like(weight).double() for name, weight in stored.items()}
-    with torch.no_grad():
-        for number, inputs in enumerate(batches):
-            for direction in range(DIRECTIONS):
-                losses = []
-                for sign in (1, -1):
-                    for name, weight in stored.items():
-                        z = explicit_noise(number, direction, name, weight)
-                        weight.copy_(original[name] + sign * EPS * z)
-                    losses.append(model(**inputs).loss.double())
-                c = (losses[0] - losses[1]) / (2 * EPS)
-                for name, weight in stored.items():
-                    z = explicit_noise(number, direction, name, weight).double()
-                    gradients[name] += c * z / (len(batches) * DIRECTIONS)
-    return {
-        name: (weight.double() * gradients[name]).abs().sum(dim=0 if architecture == "gpt2" else 1)
-        for name, weight in original.items()
-    }
 
 
 def zo_model(architecture="llama", dtype=torch.float32, **fields):
@@ -61,10 +30,14 @@ def zo_model(architecture="llama", dtype=torch.float32, **fields):
     return wrapped(architecture, dtype, importance="zo_taylor", **fields)
 
 
+def plain(architecture="llama"):
+    return tiny_model(architecture, dtype=torch.float64).eval()  # eval: no dropout
+
+
 @pytest.mark.parametrize("architecture", sorted(CONFIGS))
 def test_equals_the_formula_in_fp64(architecture):
     scores = measured(zo_model(architecture, torch.float64), BATCHES)
-    expected = oracle(architecture, scores, BATCHES, torch.float64)
+    expected = zo_taylor(plain(architecture), scores, BATCHES)
     for name, layer_scores in scores.items():
         error = (layer_scores - expected[name]).abs().max()
         assert error <= 1e-5 * expected[name].max(), name
@@ -72,20 +45,14 @@ def test_equals_the_formula_in_fp64(architecture):
 
 @pytest.mark.parametrize("checkpointing", [None, True, False], ids=["off", "reentrant", "not"])
 def test_in_fp32_the_error_is_the_rounding_of_the_loss(checkpointing):
-    """A loss computed in fp32 is off by some units in its last place, u each. One direction's c is
-    then off by up to 2 k u / (2 eps), and a score by that times the mean of sum_j |w_ij z_ij|. Mean
-    over n independent directions: k = 32 units leaves room for the forward's own rounding."""
     model = zo_model()
     if checkpointing is not None:
         model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
     scores = measured(model, BATCHES)
-    expected = oracle("llama", scores, BATCHES, torch.float64)
-    unit = torch.finfo(torch.float32).eps * 8  # losses lie between 8 and 16
-    tolerance_of_c = 32 * unit / EPS
-    dense = weights(tiny_model())
+    expected = zo_taylor(plain(), scores, BATCHES)
+    rounding = rounding_of_zo_taylor("llama", scores)
     for name, layer_scores in scores.items():
-        room = tolerance_of_c * dense[name].double().abs().sum(dim=1)
-        assert ((layer_scores - expected[name]).abs() <= room).all(), name
+        assert ((layer_scores - expected[name]).abs() <= rounding[name]).all(), name
 
 
 @pytest.fixture
@@ -111,7 +78,7 @@ def test_the_noise_is_a_function_of_batch_direction_and_layer_alone(small_chunks
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_equals_the_formula_where_a_weight_takes_many_chunks(architecture, small_chunks):
     scores = measured(zo_model(architecture, torch.float64), BATCHES)
-    expected = oracle(architecture, scores, BATCHES, torch.float64)
+    expected = zo_taylor(plain(architecture), scores, BATCHES)
     for name, layer_scores in scores.items():
         error = (layer_scores - expected[name]).abs().max()
         assert error <= 1e-5 * expected[name].max(), name

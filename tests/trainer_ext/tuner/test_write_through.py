@@ -8,6 +8,7 @@ import copy
 import pytest
 import torch
 from adapters import fill_deltas, selected, trained
+from short_runs import checkpointed, run_compact, run_dense
 from tiny_models import batch, tiny_model
 from written import (
     base_weights,
@@ -49,9 +50,7 @@ def test_gradients_equal_the_delta_paths(architecture, checkpointing):
     ours = without_dropout(trained(architecture).train())
     theirs = without_dropout(trained(architecture, forward="delta").train())
     for model in (ours, theirs):
-        if checkpointing is not None:
-            model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+        checkpointed(model, checkpointing)
     write_through(ours)
     expected = gradients(theirs, batch(padding=True))
     assert all(layer.written is None for layer in spft_layers(theirs).values())
@@ -60,55 +59,13 @@ def test_gradients_equal_the_delta_paths(architecture, checkpointing):
         assert (gradient - expected[name]).abs().max() <= 1e-5 * scale
 
 
-# AdamW turns rounding noise in near-zero gradients into full-size updates. An epsilon of 1e-3 is
-# well above that noise (1e-8; the gradients here are 1e-2 to 1).
-ADAMW = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.0}
-
-
-def fifty_steps(model) -> list[float]:
-    """Train what requires a gradient; returns the losses."""
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], **ADAMW)
-    losses = []
-    for step in range(50):
-        loss = model(**batch(step % 7)).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
-
-
-def run_compact(architecture, forward):
-    model = without_dropout(selected(architecture, forward=forward).train())
-    losses = fifty_steps(model)
-    written = {layer.written is not None for layer in spft_layers(model).values()}
-    assert written == {forward != "delta"}
-    restore_base(model)
-    assert is_base(model, architecture)
-    return losses, {n: d.weight.detach() for n, d in deltas(model).items()}
-
-
-def run_dense(architecture):
-    """All weights trained, the gradients of all but the selected rows set to zero."""
-    index = {n: d.index for n, d in deltas(selected(architecture)).items()}
-    model = without_dropout(tiny_model(architecture).requires_grad_(False).train())
-    rows = {}
-    for name, chosen in index.items():
-        module = model.get_submodule(name)
-        weight = module.weight.requires_grad_(True)
-        rows[name] = (lambda w: w.t()) if type(module).__name__ == "Conv1D" else (lambda w: w)
-        mask = rows[name](torch.zeros_like(rows[name](weight.detach())).index_fill(0, chosen, 1))
-        weight.register_hook(lambda gradient, mask=mask: gradient * mask)
-    start = {n: rows[n](model.get_submodule(n).weight.detach().clone()) for n in index}
-    losses = fifty_steps(model)
-    moved = {n: rows[n](model.get_submodule(n).weight.detach()) - start[n] for n in index}
-    return losses, {n: moved[n][chosen] for n, chosen in index.items()}
-
-
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_fifty_steps_equal_the_delta_path_and_dense_masked_training(architecture):
-    losses, adapter = run_compact(architecture, "auto")
-    for other_losses, other in (run_compact(architecture, "delta"), run_dense(architecture)):
+    losses, adapter = run_compact(architecture, "auto", 50)
+    for other_losses, other in (
+        run_compact(architecture, "delta", 50),
+        run_dense(architecture, 50),
+    ):
         torch.testing.assert_close(losses, other_losses, rtol=1e-6, atol=0)
         for name, delta in adapter.items():
             assert (delta - other[name]).norm() <= 1e-5 * other[name].norm()
