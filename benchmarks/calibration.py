@@ -64,7 +64,8 @@ class Subject:
 
     def run_batch(self, backward: bool) -> torch.Tensor:
         """Run the batch's loss, with `backward` also its backward; returns the loss."""
-        loss = self.model(**self._batch).loss
+        with self.work.autocast():
+            loss = self.model(**self._batch).loss
         if backward:
             loss.backward()
         return loss.detach()

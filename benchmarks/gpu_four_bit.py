@@ -120,7 +120,9 @@ def measure(kind: str, work: Workload, checkpoint: Path) -> dict:
 
     def step_of(model, optimizer):
         def step() -> None:
-            model(**batch).loss.backward()
+            with work.autocast():
+                loss = model(**batch).loss
+            loss.backward()
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()

@@ -46,7 +46,7 @@ class Method:
         self.parts: dict[str, Callable[[], object]] = {}
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         self._run = torch.compile(model) if work.compile else model
-        self._batch = work.batch()
+        self._batch, self._autocast = work.batch(), work.autocast
 
     def step(self) -> None:
         """One training step; it leaves no gradients behind."""
@@ -55,7 +55,8 @@ class Method:
 
     def forward(self) -> torch.Tensor:
         """The batch's loss."""
-        return self._run(**self._batch).loss
+        with self._autocast():
+            return self._run(**self._batch).loss
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()

@@ -80,6 +80,11 @@ class Workload:
         """SPFT's share of the weights of the layers that it trains."""
         return self.budget / sum(d_in * d_out for _, (d_in, d_out) in self.layers.items())
 
+    def autocast(self) -> torch.autocast:
+        """What forwards run in: bf16 weights as in a trainer with `bf16: true`, under autocast."""
+        on = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on)
+
     def base_model(self) -> LlamaForCausalLM:
         """Build the base model anew, in train mode; the same weights at every call."""
         size = self.size

@@ -15,11 +15,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..distributed import any_process, mean_over_processes
-from .base import ImportanceMetric, wide_dtype
+from .base import ImportanceMetric, chunks, wide_dtype
 from .taps import Tap, tapped
-
-# Tokens whose products are upcast to fp32 at a time: bounds the extra memory.
-_CHUNK_TOKENS = 1024
 
 
 class OutputProductMetric(ImportanceMetric):
@@ -95,11 +92,11 @@ class OutputProduct(Tap):
     def kept(self, x, z):
         # z.data has a version counter of its own: models that add to the output in place (Falcon)
         # are noticed by the rows below instead of stopping the backward.
-        return (z.clone() if self.copies_output else z.data), _some_rows(z).clone()
+        return (z.clone() if self.copies_output else z.data), _some_rows(z)
 
     def receive(self, grad, kept) -> None:
         z, rows = kept
-        self.overwritten |= ((_some_rows(z) != rows) & ~rows.isnan()).any()
+        self.overwritten |= (_some_rows(z) != rows).any()
         self.add(grad, z)
         self.reached += 1
 
@@ -109,12 +106,17 @@ class OutputProduct(Tap):
 
 
 def _some_rows(z: torch.Tensor) -> torch.Tensor:
-    """Rows spread over the tokens, the last one included.
+    """A copy of the bits of rows spread over the tokens, the last one included.
 
-    Not the first alone: rotary kernels that work in place leave position 0 as it is.
+    Not the first alone: rotary kernels that work in place leave position 0 as it is. Bits, because
+    a NaN is equal to nothing.
     """
     z_TO = z.reshape(-1, z.shape[-1])
-    return torch.cat([z_TO[:: max(1, len(z_TO) // 8)], z_TO[-1:]])
+    rows = torch.cat([z_TO[:: max(1, len(z_TO) // 8)], z_TO[-1:]])
+    return rows.view(_BITS[rows.element_size()])
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class GroupTaylor(OutputProductMetric):
@@ -140,7 +142,5 @@ class _SumOverTokens(OutputProduct):
 def add_products(total_O: torch.Tensor, grad: torch.Tensor, z: torch.Tensor) -> None:
     """Add the sum over tokens of grad * z, both (..., O), to a total; in fp32 within a chunk."""
     grad_TO, z_TO = grad.reshape(-1, grad.shape[-1]), z.reshape(-1, z.shape[-1])
-    for grad_chunk, z_chunk in zip(
-        grad_TO.split(_CHUNK_TOKENS), z_TO.split(_CHUNK_TOKENS), strict=True
-    ):
+    for grad_chunk, z_chunk in zip(chunks(grad_TO), chunks(z_TO), strict=True):
         total_O += (grad_chunk.float() * z_chunk).sum(dim=0)

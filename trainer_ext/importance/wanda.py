@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ..distributed import sum_over_processes
-from .base import ImportanceMetric, wide_dtype
+from .base import ImportanceMetric, chunks, wide_dtype
 from .elementwise import sum_over_inputs
 
 
@@ -75,7 +75,7 @@ class Wanda(ImportanceMetric):
             if real is not None and len(real) == len(x_TI):
                 x_TI = x_TI[real.to(x_TI.device)]
             squares = torch.zeros_like(self._squares[name][0])
-            for chunk in x_TI.split(1024):
+            for chunk in chunks(x_TI):
                 squares += chunk.float().square().sum(dim=0)
             self._squares[name][self._part] += squares
 

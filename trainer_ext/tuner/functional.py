@@ -146,13 +146,23 @@ class _AddSelectedOutputs(torch.autograd.Function):
 
 
 def _selected_gradients(grad_BO, index_R) -> torch.Tensor:
-    """The selected outputs' gradients with one row a neuron, T tokens long: fastest to gather, and
-    for the product that follows."""
-    return grad_BO.reshape(-1, grad_BO.shape[-1]).t().index_select(0, index_R)
+    """The selected outputs' gradients (R, T), gathered in the order that is fastest on the device.
+
+    benchmarks/gpu_kernels.py times both orders.
+    """
+    grad_TO = grad_BO.reshape(-1, grad_BO.shape[-1])
+    if grad_TO.is_cuda:
+        return grad_TO.index_select(1, index_R).t()
+    return grad_TO.t().index_select(0, index_R)
 
 
 def _grad_delta(grad_RT, x_BI, dtype) -> torch.Tensor:
-    return (grad_RT @ x_BI.reshape(-1, x_BI.shape[-1]).to(grad_RT.dtype)).to(dtype)
+    x_TI = x_BI.reshape(-1, x_BI.shape[-1]).to(grad_RT.dtype)
+    wider = dtype == torch.float32 and grad_RT.dtype in (torch.bfloat16, torch.float16)
+    if wider and grad_RT.is_cuda and not torch.compiler.is_compiling():
+        # the sums are fp32 inside the kernel anyway: not rounded, and no kernel to widen them
+        return torch.mm(grad_RT, x_TI, out_dtype=dtype)
+    return (grad_RT @ x_TI).to(dtype)
 
 
 class _ReplaceSelectedOutputs(torch.autograd.Function):

@@ -138,7 +138,12 @@ def put_back(layer) -> None:
 
 def _put(layer, index: torch.Tensor, rows: torch.Tensor) -> None:
     weight = layer.get_base_layer().weight
-    write_neurons(weight, ShardLayout.of(weight, layer.is_conv1d), index, rows)
+    if is_sharded(weight):  # an engine has taken it over meanwhile
+        write_neurons(weight, ShardLayout.of(weight, layer.is_conv1d), index, rows)
+    elif layer.is_conv1d:
+        weight.index_copy_(1, index, rows.t())
+    else:
+        weight.index_copy_(0, index, rows)
 
 
 def _buckets(layers: Iterable) -> Iterator[list[tuple]]:
