@@ -12,6 +12,8 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     # Looked at once, in a process's first product on a GPU: without it none can be deterministic.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # The few graphs that are compiled are done before other processes have started.
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 
 import torch
