@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -19,3 +20,14 @@ os.environ |= {
 import torch
 
 torch.set_num_threads(1)
+
+CUDA_TESTS = Path(__file__).parent / "cuda"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`pytest -m cuda` looks at its own folder alone: other tests import what a GPU machine may
+    lack, such as Axolotl and bitsandbytes."""
+    if config.getoption("markexpr") != "cuda":
+        return None
+    near = collection_path.is_relative_to(CUDA_TESTS) or CUDA_TESTS.is_relative_to(collection_path)
+    return None if near else True
