@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
@@ -12,8 +13,21 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     # Looked at once, in a process's first product on a GPU: without it none can be deterministic.
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    # The few graphs that are compiled are done before other processes have started.
+    "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 
 import torch
 
 torch.set_num_threads(1)
+
+CUDA_TESTS = Path(__file__).parent / "cuda"
+
+
+def pytest_ignore_collect(collection_path, config):
+    """`pytest -m cuda` looks at its own folder alone: other tests import what a GPU machine may
+    lack, such as Axolotl and bitsandbytes."""
+    if config.getoption("markexpr") != "cuda":
+        return None
+    near = collection_path.is_relative_to(CUDA_TESTS) or CUDA_TESTS.is_relative_to(collection_path)
+    return None if near else True

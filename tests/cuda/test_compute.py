@@ -1,12 +1,13 @@
 """On the device, gradients of the deltas are the dense layer's for the selected rows also where
 others compute: under autocast, in torch's attention kernels, compiled by inductor.
 
-Tolerances are shares of a gradient's norm. Under autocast both sides round every product to the low
-precision, u = 2^-9 for bf16 and 2^-12 for fp16; roundings differ where sums have other orders, and
-some ten of them lie behind a gradient: 16 u. Attention kernels round inside the kernel besides: the
-same bound, and in fp32 2^-10, since a kernel may put products together of TF32's ten bits. Compiled
-code sums and rounds in another order in fp32: 1e-5, some 100 u. A row that is not the right one
-makes a share of 1."""
+Tolerances are shares of a gradient's norm. In low precision both sides round every product, by up
+to u = 2^-9 of its size for bf16 and 2^-12 for fp16. Roundings differ where sums have other orders,
+and inside an attention kernel. Some ten of them lie behind a gradient, and the softmax's
+gradient is a difference, which makes them larger: on the CPU it comes to 16 u at most; 64 u are
+allowed. An attention kernel in fp32 may put products together of TF32's ten bits: 8 * 2^-11.
+Compiled code sums and rounds in another order in fp32: 1e-5, some 100 u. A row that is not the
+right one makes a share of 1."""
 
 from __future__ import annotations
 
@@ -90,9 +91,9 @@ def test_autocast(architecture, forward, dtype):
         scaled_gradients(dense)
     got = gradients_of(ours)
     assert {gradient.dtype for gradient in got.values()} == {torch.float32}
-    assert_near(got, gradients_of(dense, index), 16 * UNITS[dtype])
+    assert_near(got, gradients_of(dense, index), 64 * UNITS[dtype])
     in_fp32 = gradients_of(exact, index)
-    assert_near(got, in_fp32, 32 * UNITS[dtype])
+    assert_near(got, in_fp32, 64 * UNITS[dtype])
     assert largest_distance(got, in_fp32) > UNITS[dtype] / 16  # it has computed in `dtype`
 
 
@@ -166,15 +167,17 @@ def test_attention_kernels(architecture, kernel, dtype, forward):
     assert len(used) == 4
     with sdpa_kernel([SDPBackend.MATH]):
         scaled_gradients(dense)
-    tolerance = 2.0**-10 if dtype == torch.float32 else 32 * UNITS[dtype]
+    tolerance = 8 * 2.0**-11 if dtype == torch.float32 else 64 * UNITS[dtype]
     assert_near(gradients_of(ours), gradients_of(dense, index), tolerance)
 
 
 # Compiled
 
+MISSING = missing_for_inductor(DEVICE)
 
-@pytest.mark.skipif(missing_for_inductor(DEVICE) is not None, reason="inductor lacks a compiler")
+
 @both_forwards
+@pytest.mark.skipif(MISSING is not None, reason=f"inductor lacks {MISSING}")
 def test_compiled_by_inductor(forward):
     """Both forwards, whose graphs must use the deltas and rows that a step has changed since."""
     torch._dynamo.reset()

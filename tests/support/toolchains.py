@@ -7,13 +7,13 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-import torch
+from torch.utils._triton import has_triton
 
 
 def missing_for_inductor(device: str) -> str | None:
     """What torch.compile would need to generate code for a device and has not; None: nothing."""
     if device == "cuda":
-        if not torch.utils._triton.has_triton():
+        if not has_triton():
             return "triton"
         # triton compiles a launcher against Python's headers
         if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
