@@ -221,12 +221,13 @@ STAGES = [
     ),
 ]
 _QUALITY = (
-    *("--cases", "random", "group_taylor", "taylor", "lora", "--seeds", "42", "43"),
-    *("--learning-rates", "5e-4", "1e-3", "3e-3", "--max-steps", "60", "--workers", "4"),
+    *("--cases", "random", "group_taylor", "lora", "taylor", "wanda", "magnitude"),
+    *("--learning-rates", "1e-3", "5e-4", "3e-3", "--seeds", "42", "43"),
+    *("--max-steps", "60", "--rows", "8", "--workers", "4", "--time-limit", "140"),
 )
 _QUALITY_REHEARSED = (
-    *("--cases", "random", "lora", "--seeds", "42", "--learning-rates", "1e-3"),
-    *("--max-steps", "1", "--rows", "4", "--held-out", "8", "--calibration-batches", "1"),
+    *("--cases", "random", "lora", "--seeds", "42", "--learning-rates", "1e-3", "--workers", "2"),
+    *("--max-steps", "2", "--rows", "4", "--held-out", "8", "--calibration-batches", "1"),
 )
 
 

@@ -82,6 +82,11 @@ class Job:
     learning_rate: float
 
 
+def job_of(row: dict) -> Job:
+    """The job that a row is the result of."""
+    return Job(row["case"], row["seed"], row["learning_rate"])
+
+
 class Bench:
     """The model's folder, the encoded data, and what is done with them; one in each process."""
 
@@ -271,24 +276,36 @@ def read_rows(path: Path, setting: Setting) -> list[dict]:
     return rows
 
 
-def render(rows: list[dict]) -> str:
-    """The table in Markdown, best case first."""
-    setting, versions = rows[0]["setting"], rows[0]["versions"]
+def grouped(rows: list[dict]) -> dict[str, dict[float, list[dict]]]:
+    """The rows by case and learning rate, those of a cell by seed."""
     by_case: dict[str, dict[float, list[dict]]] = {}
     for row in sorted(rows, key=lambda row: (row["learning_rate"], row["seed"])):
         by_case.setdefault(row["case"], {}).setdefault(row["learning_rate"], []).append(row)
-    rates = sorted({row["learning_rate"] for row in rows})
+    return by_case
 
-    def mean(found: list[dict] | None) -> float:
-        return statistics.mean(r["held_out_loss_after"] for r in found) if found else math.inf
+
+def mean_loss(rows: list[dict]) -> float:
+    return statistics.mean(row["held_out_loss_after"] for row in rows)
+
+
+def best_losses(rows: list[dict]) -> dict[str, float]:
+    """The lowest mean over the seeds of each case, over its learning rates."""
+    return {case: min(map(mean_loss, found.values())) for case, found in grouped(rows).items()}
+
+
+def render(rows: list[dict]) -> str:
+    """The table in Markdown, best case first."""
+    setting, versions = rows[0]["setting"], rows[0]["versions"]
+    by_case = grouped(rows)
+    rates = sorted({row["learning_rate"] for row in rows})
 
     def cell(case: str, rate: float, best: float) -> str:
         found = by_case[case].get(rate)
         if not found:
             return ""
         each = ", ".join(f"{row['held_out_loss_after']:.3f}" for row in found)
-        text = f"{mean(found):.3f} ({each})" if len(found) > 1 else each
-        return f"**{text}**" if mean(found) == best else text
+        text = f"{mean_loss(found):.3f} ({each})" if len(found) > 1 else each
+        return f"**{text}**" if mean_loss(found) == best else text
 
     lines = [
         f"Held-out loss (nats a token) of SmolLM2-135M after {setting['max_steps']} steps of "
@@ -301,7 +318,7 @@ def render(rows: list[dict]) -> str:
         "halves agree (beyond chance) |",
         "|---|" + "---|" * (len(rates) + 2),
     ]
-    best = {case: min(map(mean, found.values())) for case, found in by_case.items()}
+    best = best_losses(rows)
     for case in sorted(by_case, key=best.get):
         all_rows = [row for found in by_case[case].values() for row in found]
         agreements = [r["agreement_of_halves"] for r in all_rows if r["agreement_of_halves"]]
@@ -359,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())  # whole lines only
-    done = {Job(row["case"], row["seed"], row["learning_rate"]) for row in rows}
+    done = {job_of(row) for row in rows}
     wanted = [
         Job(case, seed, rate)
         for seed in args.seeds
@@ -381,7 +398,9 @@ def main(argv: list[str] | None = None) -> int:
     page = render(rows)
     write_bytes(args.output_dir / "table.md", page.encode())
     print(page)
-    print(f"{len(rows)} rows, {len(wanted) - len(rows)} left for another call")
+    best = dict(sorted(best_losses(rows).items(), key=lambda item: item[1]))
+    missing = len([job for job in wanted if job not in {job_of(row) for row in rows}])
+    print("; ".join(f"{case} {loss:.3f}" for case, loss in best.items()) + f"; {missing} runs left")
     return 0
 
 
