@@ -223,7 +223,7 @@ STAGES = [
 _QUALITY = (
     *("--cases", "random", "group_taylor", "lora", "taylor", "wanda", "magnitude"),
     *("--learning-rates", "1e-3", "5e-4", "3e-3", "--seeds", "42", "43"),
-    *("--max-steps", "60", "--rows", "8", "--workers", "4", "--time-limit", "140"),
+    *("--max-steps", "60", "--rows", "8", "--workers", "8", "--time-limit", "140"),
 )
 _QUALITY_REHEARSED = (
     *("--cases", "random", "lora", "--seeds", "42", "--learning-rates", "1e-3", "--workers", "2"),

@@ -44,6 +44,11 @@ class NeuronDelta(nn.Module):
         return self._parameters.get("weight")
 
     @property
+    def held_index(self) -> torch.Tensor:
+        """`index`, without the search through a module's attributes."""
+        return self._buffers["index"]
+
+    @property
     def saved_buffers(self) -> list[str]:
         """Names of the buffers that are saved with the adapter, the same on every process."""
         return [name for name, buffer in self._buffers.items() if buffer is not None]

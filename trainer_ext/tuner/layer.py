@@ -97,24 +97,33 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         self._configs.pop(adapter_name, None)
 
+    def get_base_layer(self) -> nn.Module:
+        """PEFT's without its look for a missing attribute, which costs in every forward."""
+        base = self._modules["base_layer"]
+        while "base_layer" in base._modules:
+            base = base._modules["base_layer"]
+        return base
+
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
-        active = [name for name in self.active_adapters if name in self.spft_delta]
+        deltas = self.spft_delta
+        active = [name for name in self.active_adapters if name in deltas]
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self._start_output(active, x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if len(active) == 1 and self._holds_update(active[0]):
+        if len(active) == 1 and self._holds_update(active[0], deltas[active[0]]):
             y = self.base_layer(x, *args, **kwargs)
-            delta = self.spft_delta[active[0]]
-            if delta.weight.requires_grad and torch.is_grad_enabled():
-                y = track_selected_outputs(y, x, delta.weight, delta.index)
+            delta = deltas[active[0]]
+            weight = delta.weight
+            if weight.requires_grad and torch.is_grad_enabled():
+                y = track_selected_outputs(y, x, weight, delta.index)
             return y
         y = self._base_output(x, *args, **kwargs)
         anchored = self._anchored(active)
         for adapter_name in sorted(active, key=lambda name: name != anchored):
-            delta = self.spft_delta[adapter_name]
+            delta = deltas[adapter_name]
             # A compiled graph must not depend on the flag: it may be filled in after compiling.
             # Adding an unselected adapter's zeros gives the same.
             if torch.compiler.is_compiling() or delta.is_selected:
@@ -168,12 +177,11 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             y = self._base_output(x, *args, **kwargs)
         return self.spft_delta[anchored].start(y, x, self._bias())
 
-    def _holds_update(self, adapter_name: str) -> bool:
+    def _holds_update(self, adapter_name: str, delta: NeuronDelta) -> bool:
         """Whether the base weight holds W0 + the adapter's delta; sees to it where that is due."""
         written = self.written
         if torch.compiler.is_compiling():
             return written is not None and written.adapter == adapter_name
-        delta = self.spft_delta[adapter_name]
         if written is None:
             due = self._trains(delta) and is_stepped(delta.held_weight)
         elif written.adapter != adapter_name or not is_whole(self.get_base_layer().weight):

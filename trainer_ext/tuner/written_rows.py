@@ -51,7 +51,7 @@ class WrittenRows:
 
 def state_of(delta) -> tuple:
     """Changes whenever a NeuronDelta's weight or index does, but for writes through `.data`."""
-    weight, index = delta.weight, delta.index
+    weight, index = delta.held_weight, delta.held_index
     return weight.data_ptr(), weight._version, index.data_ptr(), index._version
 
 
@@ -101,7 +101,7 @@ def rewrite(layers: Iterable) -> None:
         for _, written, _ in bucket:
             written.seen = None
         starts = [written.rows if d.anchor is None else d.anchor for _, written, d in bucket]
-        deltas = [delta.weight.detach() for _, _, delta in bucket]
+        deltas = [delta.held_weight.detach() for _, _, delta in bucket]
         rounded = _rounded_sums(starts, deltas, [written.rows.dtype for _, written, _ in bucket])
         for (layer, written, delta), rows in zip(bucket, rounded, strict=True):
             _put(layer, written.index, rows)
@@ -184,9 +184,10 @@ def _after_step(optimizer, args, kwargs) -> None:
     due = []
     for layer in _layers:
         for name, delta in layer.spft_delta.items():
-            if id(delta.weight) not in stepped:
+            weight = delta.held_weight
+            if id(weight) not in stepped:
                 continue
-            setattr(delta.weight, _STEPPED, True)
+            setattr(weight, _STEPPED, True)
             written = layer.written
             if written is None:
                 continue
