@@ -9,7 +9,7 @@ export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: install quickstart dpo test test-distributed lint format benchmark benchmark-step \
-    benchmark-calibration benchmark-quantised clean
+    benchmark-calibration benchmark-quantised gpu-pack gpu-rehearsal clean
 
 # The stamp is written last: an interrupted install is not taken for a finished one.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -58,5 +58,24 @@ benchmark-calibration: install
 benchmark-quantised: install
 	$(BIN)/python benchmarks/quantised.py
 
+# What a GPU machine lacks, into .gpu-carried: benchmarks/GPU.md.
+gpu-pack: install
+	$(BIN)/python benchmarks/gpu_model.py pack
+
+# An environment with what the GPU machine has and nothing else, with its Python where pyenv has it.
+GPU_VENV := .venv-gpu
+GPU_PYTHON ?= $(or $(lastword $(sort $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3))),$(PYTHON))
+
+$(GPU_VENV)/.installed: benchmarks/gpu-requirements.txt
+	test -x $(GPU_VENV)/bin/python || $(GPU_PYTHON) -m venv $(GPU_VENV)
+	$(GPU_VENV)/bin/python -m pip install --quiet -r benchmarks/gpu-requirements.txt
+	touch $@
+
+# Every stage of benchmarks/gpu.sh on the CPU, at tiny sizes and from the packed parts.
+gpu-rehearsal: gpu-pack $(GPU_VENV)/.installed
+	rm -rf .gpu-rehearsal .gpu-carried/cache
+	PYTHON=$(GPU_VENV)/bin/python bash benchmarks/gpu.sh --device cpu --output .gpu-rehearsal
+
 clean:
+	rm -rf $(GPU_VENV) .gpu-carried .gpu-rehearsal
 	rm -rf $(VENV) quickstart/cache quickstart/output quickstart/output-dpo quickstart/result.json

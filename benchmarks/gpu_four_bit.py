@@ -168,12 +168,16 @@ def render(figures: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--output-dir", type=Path, required=True)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     for kind in KINDS:
         check_exactness(kind, args.device)
         print(f"{kind}: selected outputs are the original rows' to the bit", flush=True)

@@ -5,7 +5,8 @@
 Gather: the selected columns of an output's gradient, by rows of its transpose or by columns, alone
 and with the product grad_delta = g[:, index]ᵀ x that follows. Rewriting: round(W0 + delta) into the
 rows of all layers, layer by layer or in batches. Optimizer: torch's fused and foreach AdamW kernels
-on all deltas.
+on all deltas. Host: the phases of whole steps so small that the GPU waits for Python in all of
+them, whose differences to the frozen step's are what a method costs the host in 112 layers.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from measuring import describe_machine, make_versions, seconds_figures, time_rounds
+from methods import METHODS
 from peft import get_peft_model
-from workload import SIZES, Workload
+from step_profile import phase_times
+from workload import SIZES, Size, Workload
 
 from trainer_ext import (
     SelectedNeuronAdamW,
@@ -34,6 +38,8 @@ from trainer_ext.tuner.model import spft_layers
 from trainer_ext.tuner.written_rows import rewrite
 
 ROUNDS, INNER = 10, 20  # runs of a piece between two looks at the clock: launches overlap
+HOST_ROUNDS = 20
+HOST_METHODS = ("frozen", "spft_write_through", "spft_delta", "lora")
 
 
 def gathers(work: Workload) -> dict[str, Callable[[], object]]:
@@ -97,12 +103,29 @@ def rewritings(work: Workload) -> dict[str, Callable[[], object]]:
     return found
 
 
+def host_phases(work: Workload) -> dict[str, list[float]]:
+    """Seconds of forward, backward and optimizer in every round, by "phase, method"."""
+    narrow = Size(256, 512, layers=16, heads=4, kv_heads=2, vocab=256, tied=True, r=16)
+    few = replace(work, size=narrow, r=narrow.r, seq_len=16, batch_size=1)
+    methods = {name: METHODS[name](few) for name in HOST_METHODS}
+    for method in methods.values():
+        method.step()
+        method.step()
+    seconds: dict[str, list[float]] = {}
+    for _ in range(HOST_ROUNDS):
+        for name, method in methods.items():
+            method.parts.clear()
+            for phase, milliseconds in phase_times(method, work.device).items():
+                seconds.setdefault(f"host, {phase}, {name}", []).append(milliseconds / 1e3)
+    return seconds
+
+
 def render(figures: dict) -> str:
     """The table in Markdown."""
     lines = [
         f"Pieces of a step: {figures['size']}, {figures['tokens']} tokens, "
         f"{figures['machine'].get('gpu', 'cpu')}. Median (min-max) of {ROUNDS} interleaved rounds "
-        f"of {INNER} runs each.",
+        f"of {INNER} runs each; of the host's phases, of {HOST_ROUNDS} steps of 16 tokens.",
         "",
         "| piece | µs |",
         "|---|--:|",
@@ -113,12 +136,16 @@ def render(figures: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--size", choices=SIZES, default="1b")
     parser.add_argument("--output-dir", type=Path, required=True)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     work = Workload(
         size=SIZES[args.size],
         dtype=torch.bfloat16,
@@ -147,7 +174,8 @@ def main(argv: list[str] | None = None) -> int:
         "versions": make_versions(),
         "pieces": {
             name: seconds_figures([s / INNER for s in times]) for name, times in seconds.items()
-        },
+        }
+        | {name: seconds_figures(times) for name, times in host_phases(work).items()},
     }
     write_bytes(args.output_dir / "figures.json", json.dumps(figures, indent=1).encode())
     write_bytes(args.output_dir / "table.md", render(figures).encode())

@@ -116,10 +116,14 @@ class Smoke:
             assert error < 2**-6, f"{name} is {error:.1e} from the undisturbed run's"
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     with tempfile.TemporaryDirectory(prefix="spft-smoke-") as folder:
         smoke = Smoke(args.device, Path(folder))
         steps = [smoke.write_through, smoke.delta, smoke.load, smoke.merge, smoke.resume]

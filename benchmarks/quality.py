@@ -10,7 +10,6 @@ learning rate. A row is written when its run ends; the same command goes on wher
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 import multiprocessing
@@ -24,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from fingerprint import code_fingerprint
 from measuring import describe_machine, make_versions, positive
 from peft import get_peft_model
 from peft_adapters import ADAPTERS, nearest_rank
@@ -246,15 +246,6 @@ def run_all(jobs: list[Job], args, setting: Setting, deadline: float) -> Iterato
                     future.cancel()
 
 
-def code_fingerprint() -> str:
-    """Of everything that decides what a row holds."""
-    files = [*sorted((ROOT / "trainer_ext").rglob("*.py")), Path(__file__), Path(evaluate.__file__)]
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
 def read_rows(path: Path, setting: Setting) -> list[dict]:
     """The rows of earlier calls.
 
@@ -362,7 +353,7 @@ def main(argv: list[str] | None = None) -> int:
     deadline = time.monotonic() + (args.time_limit or math.inf)
     machine = describe_machine(torch.device(args.device))
     setting = Setting(
-        code=code_fingerprint(),
+        code=code_fingerprint([Path(__file__), Path(evaluate.__file__)]),
         max_steps=args.max_steps,
         rows=args.rows,
         calibration_batches=args.calibration_batches,
@@ -390,14 +381,13 @@ def main(argv: list[str] | None = None) -> int:
             rows.append({**row, "workers": args.workers, **common})
             file.write(json.dumps(rows[-1]) + "\n")
             file.flush()
+            write_bytes(args.output_dir / "table.md", render(rows).encode())
             print(
                 f"{row['case']} seed {row['seed']} rate {row['learning_rate']:g}: "
                 f"{row['held_out_loss_after']:.3f}",
                 flush=True,
             )
-    page = render(rows)
-    write_bytes(args.output_dir / "table.md", page.encode())
-    print(page)
+    print(render(rows))
     best = dict(sorted(best_losses(rows).items(), key=lambda item: item[1]))
     missing = len([job for job in wanted if job not in {job_of(row) for row in rows}])
     print("; ".join(f"{case} {loss:.3f}" for case, loss in best.items()) + f"; {missing} runs left")

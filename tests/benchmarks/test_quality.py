@@ -1,45 +1,150 @@
-"""The committed table is that of the committed figures, and the plugin takes every case's YAML."""
+"""Invariants of benchmarks/quality.py, on a tiny model with a byte tokenizer:
+
+- Every case trains as many parameters as the others, to rounding, lowers the held-out loss and
+  gives one row. A command that is given again runs what is missing; of a killed one's rows only
+  the half-written line is lost.
+- Rows of other code, other options or another device are refused, and named.
+- The committed tables are those of the committed rows.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
+import shutil
 from pathlib import Path
 
 import pytest
+import quality
+from tiny_models import byte_tokenizer, tiny_model
 
-from axolotl_spft.args import read_args
-from axolotl_spft.checks import check_classes
-
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-RESULTS = BENCHMARKS / "results" / "quality-135m-docstrings"
+RESULTS = Path(quality.__file__).parent / "results"
+COMMITTED = sorted(RESULTS.glob("**/quality*/rows.jsonl"))
 
 
 @pytest.fixture(scope="module")
-def quality():
-    spec = importlib.util.spec_from_file_location("quality", BENCHMARKS / "quality.py")
-    module = importlib.util.module_from_spec(spec)
-    path = list(sys.path)
-    spec.loader.exec_module(module)
-    sys.path[:] = path
-    return module
+def folders(tmp_path_factory):
+    """A model and data as the quickstart makes them, but tiny."""
+    folder = tmp_path_factory.mktemp("quality")
+    tiny_model().save_pretrained(folder / "model")
+    byte_tokenizer().save_pretrained(folder / "model")
+    (folder / "data").mkdir()
+    for name, count in (("train.jsonl", 24), ("held_out.jsonl", 6)):
+        rows = [
+            {
+                "messages": [
+                    {"role": "user", "content": f"q{i}"},
+                    {"role": "assistant", "content": "the same answer"},
+                ],
+                "module": f"m{i % 2}",
+            }
+            for i in range(count)
+        ]
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "data" / name).write_text(text)
+    return folder
 
 
-def test_the_table_is_that_of_the_figures(quality):
-    report = json.loads((RESULTS / "figures.json").read_text())
-    table = quality.render(report)
-    assert table == (RESULTS / "table.md").read_text()
-    assert {row["case"] for row in report["rows"]} == set(quality.CASES)
-    # the same budget for all, the global allocation included
-    counts = {row["trainable_parameters"] for row in report["rows"]}
-    assert max(counts) - min(counts) < 2000
-    losses = [float(line.split("|")[2].split("(")[0]) for line in table.splitlines()[4:]]
-    assert losses == sorted(losses)
+@pytest.fixture
+def call(folders, tmp_path, monkeypatch, capsys):
+    """Return a function that runs the script; it returns the exit code and what was printed."""
+    monkeypatch.setattr(quality, "R", 8)
+
+    def call_(*arguments: str):
+        given = ["--model", folders / "model", "--data", folders / "data"]
+        given += ["--output-dir", tmp_path, "--max-steps", 8, "--calibration-batches", 2]
+        code = quality.main([*map(str, given), *arguments])
+        return code, capsys.readouterr()
+
+    return call_
 
 
-def test_every_case_is_accepted(quality):
-    for keys in quality.CASES.values():
-        cfg = {"adapter": "prune_spft", "spft_r": 64, **keys}
-        read_args(cfg)
-        check_classes(cfg)
+def rows_in(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+
+
+def test_every_case_trains_and_is_a_row(call, tmp_path):
+    code, printed = call("--learning-rates", "1e-2")
+    assert code == 0
+    rows = rows_in(tmp_path)
+    assert [row["case"] for row in rows] == list(quality.CASES)
+    counts = [row["trainable_parameters"] for row in rows]
+    assert max(counts) <= 1.1 * min(counts)
+    for row in rows:
+        assert row["held_out_loss_after"] < row["held_out_loss_before"] - 0.1, row["case"]
+    assert len({row["held_out_loss_after"] for row in rows}) == len(rows)
+    assert printed.out.splitlines()[-1].endswith("; 0 runs left")
+    assert (tmp_path / "table.md").read_text() == quality.render(rows)
+
+
+def test_a_call_goes_on_where_the_last_was_killed(call, tmp_path, monkeypatch):
+    cases = ("--cases", "random", "magnitude")
+    assert call(*cases, "--seeds", "1")[0] == 0
+    path = tmp_path / "rows.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole.splitlines()[0][:40])  # killed while it wrote
+    begun = []
+    run = quality.Bench.run
+    monkeypatch.setattr(quality.Bench, "run", lambda self, job: begun.append(job) or run(self, job))
+    assert call(*cases, "--seeds", "1", "2")[0] == 0
+    assert [(job.case, job.seed) for job in begun] == [("random", 2), ("magnitude", 2)]
+    assert path.read_text().startswith(whole)
+    assert len(rows_in(tmp_path)) == 4
+
+
+def test_no_run_begins_after_the_time_limit(call, tmp_path, monkeypatch):
+    times = iter([0.0, 5.0, 11.0])  # the call's start, and before each run
+    monkeypatch.setattr(quality.time, "monotonic", lambda: next(times, 11.0))
+    code, printed = call("--cases", "random", "magnitude", "--time-limit", "10")
+    assert code == 0
+    assert printed.out.splitlines()[-1].endswith("; 1 runs left")
+    assert [row["case"] for row in rows_in(tmp_path)] == ["random"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("code", "0" * 12), ("max_steps", 9), ("device", "another GPU")]
+)
+def test_rows_of_another_setting_are_refused(call, tmp_path, key, value):
+    assert call("--cases", "random")[0] == 0
+    row = rows_in(tmp_path)[0]
+    row["setting"][key] = value
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    code, printed = call("--cases", "random")
+    assert code == 1
+    assert f"has rows with {key} = {value}, this call has " in printed.err
+    assert rows_in(tmp_path) == [row]
+
+
+def test_a_missing_model_is_told(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        quality.parse(["--model", str(tmp_path / "nothing")])
+    assert "nothing is not there; run make quickstart first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rows", COMMITTED, ids=lambda path: path.parts[-3])
+def test_the_committed_table_is_that_of_its_rows(rows, tmp_path):
+    shutil.copy(rows, tmp_path)
+    assert rows.with_name("table.md").read_text() == quality.render(rows_in(tmp_path))
+
+
+def test_the_table_shows_each_cell_and_the_best_rate():
+    def row(case, seed, rate, loss):
+        setting = {"max_steps": 3, "rows": 2, "device": "cpu"}
+        versions = {"torch": "1", "transformers": "2", "peft": "3"}
+        losses = {"held_out_loss_before": 4.0, "held_out_loss_after": loss}
+        more = {"trainable_parameters": 1000, "agreement_of_halves": None}
+        return {
+            "case": case,
+            "seed": seed,
+            "learning_rate": rate,
+            "setting": setting,
+            "versions": versions,
+            **losses,
+            **more,
+        }
+
+    rows = [row("b", 1, 1e-3, 3.0), row("a", 1, 1e-3, 2.0), row("a", 2, 1e-3, 2.5)]
+    rows.append(row("a", 1, 3e-3, 2.75))
+    table = quality.render(rows).splitlines()
+    assert table[2].startswith("| case | rate 0.001 | rate 0.003 |")
+    assert table[4] == "| a | **2.250 (2.000, 2.500)** | 2.750 | 1,000 |  |"
+    assert table[5] == "| b | **3.000** |  | 1,000 |  |"
