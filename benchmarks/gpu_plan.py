@@ -94,6 +94,16 @@ def _calibration_verdict(folder: Path) -> str:
     )
 
 
+def _profile_verdict(folder: Path) -> str:
+    report = _figures(folder)
+    kernels = sum(operator["difference_ms"] for operator in report["operators"])
+    phases = "; ".join(
+        f"{row['phase']} {row['floor_ms']:.1f} -> {row['method_ms']:.1f} ms"
+        for row in report["phases"]
+    )
+    return f"{report['method']}: {phases}; operators {kernels:+.2f} ms"
+
+
 def _no_parts() -> str | None:
     missing = [part.name for part in PARTS if not part.is_file()]
     return f"{' and '.join(missing)} of the packed model not carried" if missing else None
@@ -166,6 +176,7 @@ STAGES = [
         "profile-1b",
         50,
         _benchmark("step_profile.py", *_1B, "--repeats", "5"),
+        _profile_verdict,
     ),
     Stage(
         "four-bit",

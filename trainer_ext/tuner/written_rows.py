@@ -7,6 +7,7 @@ so nothing adds up, and whatever interrupts it, the next forward or `restore` se
 from __future__ import annotations
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -18,9 +19,9 @@ from ..distributed import ShardLayout, is_sharded, write_neurons
 from .base_layers import quantisation_of
 
 _ALONE, _STEPPED = "_spft_alone", "_spft_stepped"
-# Elements of deltas that are added to their rows in one operation: kernels are costly to start on a
-# GPU. On a CPU it is one layer's, whose sums still lie in the cache when they are copied.
-_BUCKET_ELEMENTS = 2**24
+# Elements of deltas that are added to their rows together, by type of device: kernels are costly to
+# start on a GPU; on a CPU one layer's sums still lie in the cache when they are copied.
+_BUCKET_ELEMENTS = defaultdict(lambda: 2**24, cpu=0)
 
 
 @dataclass
@@ -116,7 +117,7 @@ def _rounded_sums(
     On a GPU these are three kernels for all pairs together: the foreach sum of two different
     dtypes would be one or two for each.
     """
-    if {t.dtype for t in (*starts, *deltas)} == set(dtypes):
+    if len({*dtypes, *(t.dtype for t in (*starts, *deltas))}) == 1:
         return list(torch._foreach_add(starts, deltas))
     sums = [
         torch.empty_like(delta, dtype=torch.promote_types(delta.dtype, start.dtype))
@@ -154,7 +155,7 @@ def _buckets(layers: Iterable) -> Iterator[list[tuple]]:
     for layer in layers:
         written = layer.written
         device, count = written.rows.device, written.rows.numel()
-        full = device.type == "cpu" or size + count > _BUCKET_ELEMENTS
+        full = size + count > _BUCKET_ELEMENTS[device.type]
         if bucket and (full or device != bucket[0][1].rows.device):
             yield bucket
             bucket, size = [], 0

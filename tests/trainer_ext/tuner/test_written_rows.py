@@ -28,7 +28,34 @@ from trainer_ext import (
     trained_parameters,
     write_through,
 )
+from trainer_ext.tuner import written_rows
 from trainer_ext.tuner.model import deltas, spft_layers
+
+
+@pytest.mark.parametrize("limit", [0, 1000, 2**24])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_rows_rewritten_together_are_each_the_rounded_sum(monkeypatch, architecture, limit):
+    """Also where the weights of one model are of two dtypes, as beside a layer kept in fp32."""
+    monkeypatch.setattr(written_rows, "_BUCKET_ELEMENTS", {"cpu": limit})
+    base = tiny_model(architecture)
+    for name, module in base.named_modules():
+        if name.endswith(("v_proj", "down_proj", "c_proj")):
+            module.to(torch.bfloat16)
+    model = get_peft_model(base, SpftConfig(r=4, importance="random"))
+    select_neurons(model)
+    fill_deltas(model)
+    layers = spft_layers(model)
+    before = {name: layer.rows(layer.spft_delta["default"].index) for name, layer in layers.items()}
+    assert {rows.dtype for rows in before.values()} == {torch.float32, torch.bfloat16}
+    buckets = list(written_rows._buckets(layers.values())) if write_through(model) else []
+    assert (len(buckets) == len(layers)) == (limit == 0)
+    assert (len(buckets) == 1) == (limit == 2**24)
+    for name, layer in layers.items():
+        delta, weight = layer.spft_delta["default"], layer.get_base_layer().weight
+        rows = (weight.t() if layer.is_conv1d else weight)[delta.index]
+        expected = (before[name].float() + delta.weight.detach()).to(before[name].dtype)
+        assert torch.equal(rows, expected)
+        assert not torch.equal(rows, before[name])
 
 
 def test_rows_follow_optimizers_loads_and_direct_writes():
