@@ -10,7 +10,6 @@ and beside the frozen quantised model, rounds interleaved.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
@@ -18,7 +17,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from measuring import describe_machine, make_versions, ratio_figures, seconds_figures, time_rounds
+from measuring import (
+    describe_machine,
+    make_versions,
+    parse_gpu_stage,
+    ratio_figures,
+    seconds_figures,
+    time_rounds,
+)
 from memory import held_bytes, peak_bytes_above_start
 from methods import LEARNING_RATE
 from peft import get_peft_model
@@ -168,16 +174,8 @@ def render(figures: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--size", choices=SIZES, default="1b")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    args = parse_gpu_stage(__doc__, argv)
     for kind in KINDS:
         check_exactness(kind, args.device)
         print(f"{kind}: selected outputs are the original rows' to the bit", flush=True)

@@ -11,15 +11,13 @@ them, whose differences to the frozen step's are what a method costs the host in
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from measuring import describe_machine, make_versions, seconds_figures, time_rounds
+from measuring import describe_machine, make_versions, parse_gpu_stage, seconds_figures, time_rounds
 from methods import METHODS
 from peft import get_peft_model
 from step_profile import phase_times
@@ -136,16 +134,8 @@ def render(figures: dict) -> str:
     return "\n".join([*lines, ""])
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--size", choices=SIZES, default="1b")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    return parser.parse_args(argv)
-
-
 def main(argv: list[str] | None = None) -> int:
-    args = parse(argv)
+    args = parse_gpu_stage(__doc__, argv)
     work = Workload(
         size=SIZES[args.size],
         dtype=torch.bfloat16,

@@ -1,6 +1,6 @@
 """The first stage of benchmarks/gpu.sh: does a run train, save, load, merge and resume at all?
 
-Each step prints one line; one that raises prints its error's last line, and the others go on. The
+Each step prints one line; one that raises prints what its error says, and the others go on. The
 model is tiny, its base weights bf16, its deltas fp32.
 
     python benchmarks/gpu_smoke.py [--device cuda]
@@ -77,7 +77,7 @@ class Smoke:
     def write_through(self) -> None:
         self.trained = self.train("write_through", "run")
         self.trained.save_model()
-        moved = [float(d.weight.norm()) for d in deltas(self.trained.model).values()]
+        moved = [d.weight.norm().item() for d in deltas(self.trained.model).values()]
         assert min(moved) > 0, "a delta has not moved"
         assert self.trained.model.device.type == self.device, "the run was on another device"
         assert all(layer.written is None for layer in spft_layers(self.trained.model).values())
@@ -140,9 +140,9 @@ def attempt(step: Callable[[], None]) -> str | None:
         step()
     except Exception as error:  # whatever it is, the other steps are to be seen too
         traceback.print_exc()
-        last = traceback.format_exception_only(error)[-1].strip()
-        print(f"{step.__name__}: FAILED: {last}", flush=True)
-        return f"{step.__name__}: {last}"
+        said = traceback.format_exception_only(error)[-1].splitlines()[0]  # CUDA adds advice
+        print(f"{step.__name__}: FAILED: {said}", flush=True)
+        return f"{step.__name__}: {said}"
     print(f"{step.__name__}: passed in {time.perf_counter() - started:.1f} s", flush=True)
     return None
 

@@ -53,6 +53,15 @@ def add_options(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
 
 
+def parse_gpu_stage(doc: str, argv: list[str] | None) -> argparse.Namespace:
+    """Options of the scripts that are a stage of gpu.sh alone."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--size", choices=SIZES, default="1b", help="shape of the model")
+    parser.add_argument("--output-dir", type=Path, required=True)
+    return parser.parse_args(argv)
+
+
 def settle_options(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Fill in what depends on the machine or on other options; set torch's threads."""
     if args.device == "auto":

@@ -25,6 +25,7 @@ import gpu_kernels
 import gpu_plan
 import gpu_smoke
 import gpu_stages
+import measuring
 import pytest
 import quality
 import step
@@ -181,8 +182,8 @@ PARSERS = {
     "calibration.py": calibration.parse,
     "quality.py": quality.parse,
     "gpu_smoke.py": gpu_smoke.parse,
-    "gpu_kernels.py": gpu_kernels.parse,
-    "gpu_four_bit.py": gpu_four_bit.parse,
+    "gpu_kernels.py": lambda options: measuring.parse_gpu_stage(gpu_kernels.__doc__, options),
+    "gpu_four_bit.py": lambda options: measuring.parse_gpu_stage(gpu_four_bit.__doc__, options),
 }
 
 
