@@ -126,6 +126,12 @@ def test_keys_of_use_to_the_training_run_alone_do_not_matter(assets, tmp_path):
     assert same_tensors(*(ImportanceScores.load(path).scores for path in (plain, other)))
 
 
+def test_the_yaml_need_not_name_the_plugin(assets, tmp_path):
+    named, other = spft_yaml(assets), spft_yaml(assets, plugins=None)
+    files = [calibrated(named, tmp_path, name="named"), calibrated(other, tmp_path, name="other")]
+    assert same_tensors(*(ImportanceScores.load(path).scores for path in files))
+
+
 def test_keys_can_be_replaced(assets, tmp_path):
     options = ["--spft-importance=random", "--spft_seed=7", "--strict=true"]
     replaced = calibrated(spft_yaml(assets), tmp_path, *options, name="replaced")
@@ -165,7 +171,6 @@ MISTAKES = [
     ({}, ["--spft-r=0"], ["spft_r is 0", "at least 1"]),
     ({}, ["spft_r=4"], ["spft_r=4 is not understood", "--key=value"]),
     ({"adapter": "lora"}, [], ["adapter is 'lora'", "only adapter: prune_spft"]),
-    ({"plugins": None}, [], ["plugins is []", "add axolotl_spft.SPFTPlugin"]),
     (
         {"spft_importance_file": "there.safetensors"},
         [],
