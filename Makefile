@@ -8,17 +8,19 @@ export AXOLOTL_DO_NOT_TRACK := 1
 export DO_NOT_TRACK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: install quickstart dpo test test-distributed lint format benchmark benchmark-step \
+.PHONY: install quickstart dpo test test-distributed test-current lint format benchmark benchmark-step \
     benchmark-calibration benchmark-quantised clean
 
-# The stamp is written last: an interrupted install is not taken for a finished one.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info[:2] == (3, 11) else \
-	    "make install needs Python 3.11 (constraints.txt was tested with it), found %d.%d; \
-	try: make PYTHON=python3.11 ..." % sys.version_info[:2])'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed \
-	    -c constraints.txt -e ".[dev]"
+# The versions that were run under an interpreter are in the constraints file of its name. The stamp
+# is written last: an interrupted install is not taken for a finished one.
+$(VENV)/.installed: pyproject.toml $(wildcard constraints-*.txt)
+	@python=$(BIN)/python; test -x $$python || python=$(PYTHON); set -e; \
+	file=$$($$python -c 'import sys; print("constraints-%d.%d.txt" % sys.version_info[:2])'); \
+	test -f $$file || { echo "make install needs Python 3.11 or 3.12: there is no $$file for" \
+	    "$$python; try: make VENV=.venv-3.11 PYTHON=python3.11 ..." >&2; exit 1; }; \
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	echo "installing into $(VENV) by $$file"; \
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c $$file -e ".[dev]"
 	touch $@
 
 install: $(VENV)/.installed
@@ -46,6 +48,14 @@ test: lint
 test-distributed: install
 	$(BIN)/python -m pytest -m "" tests/distributed $(PYTEST_ARGS)
 
+# The core of the tests with the newest Axolotl that is supported, in an environment of its own (7 GB).
+PYTHON_CURRENT ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
+CURRENT := tests/trainer_ext
+
+test-current:
+	$(MAKE) VENV=.venv-current PYTHON=$(PYTHON_CURRENT) install
+	.venv-current/bin/python -m pytest $(CURRENT) $(PYTEST_ARGS)
+
 benchmark: benchmark-step
 
 benchmark-step: install
@@ -59,4 +69,4 @@ benchmark-quantised: install
 	$(BIN)/python benchmarks/quantised.py
 
 clean:
-	rm -rf $(VENV) quickstart/cache quickstart/output quickstart/output-dpo quickstart/result.json
+	rm -rf $(VENV) .venv-current quickstart/cache quickstart/output quickstart/output-dpo quickstart/result.json
