@@ -7,9 +7,12 @@ bit even with dropout and NEFTune noise. The scores are those of dense autograd 
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
 from axolotl_runs import layers_of, loss_of_step, same_batches, spft_yaml, train
+from packaging.version import Version
 from safetensors.torch import load_file
 
 PRETRAINING = {
@@ -30,7 +33,10 @@ CASES = {
     "pretraining packed": {**PRETRAINING, "sample_packing": True, "micro_batch_size": 1},
     "length groups": {"group_by_length": True},
     "curriculum": {"curriculum_sampling": True},
+    "balanced": {"balance_labels": True, "gradient_accumulation_steps": 2, "micro_batch_size": 2},
 }
+if Version(importlib.metadata.version("axolotl")) < Version("0.21"):
+    del CASES["balanced"]  # a key of 0.21
 
 
 @pytest.mark.parametrize("case", CASES)
