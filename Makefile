@@ -48,9 +48,15 @@ test: lint
 test-distributed: install
 	$(BIN)/python -m pytest -m "" tests/distributed $(PYTEST_ARGS)
 
-# The core of the tests with the newest Axolotl that is supported, in an environment of its own (7 GB).
+# The core of the tests with the newest Axolotl that is supported, in an environment of its own
+# (7 GB).
 PYTHON_CURRENT ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
-CURRENT := tests/trainer_ext
+CURRENT := $(addprefix tests/trainer_ext/,tuner $(addprefix test_,$(addsuffix .py, \
+    calibration checkpoints distributed merging package peft_type report trainer trainer_forward \
+    trl_kinds trl_quantised trl_reference trl_trainers versions))) \
+    $(addprefix tests/distributed/test_,engines.py optim.py trl.py) \
+    $(addprefix tests/axolotl_spft/test_,$(addsuffix .py,calibration_data commands engines lora_yaml \
+    merge_command plugin_discovery preferences processes training_options))
 
 test-current:
 	$(MAKE) VENV=.venv-current PYTHON=$(PYTHON_CURRENT) install

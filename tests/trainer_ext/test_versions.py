@@ -10,11 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 from peft import get_peft_model
 from tiny_models import tiny_model
 
 from trainer_ext import SpftConfig, SpftError, versions
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest has it
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
 NEWER = "peft is {}, newer than axolotl-spft was tested with: pip install 'peft>=0.20,<0.22'"
