@@ -51,12 +51,20 @@ test-distributed: install
 # The core of the tests with the newest Axolotl that is supported, in an environment of its own
 # (7 GB).
 PYTHON_CURRENT ?= $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python3.12) python3.12)
-CURRENT := $(addprefix tests/trainer_ext/,tuner $(addprefix test_,$(addsuffix .py, \
-    calibration checkpoints distributed merging package peft_type report trainer trainer_forward \
-    trl_kinds trl_quantised trl_reference trl_trainers versions))) \
-    $(addprefix tests/distributed/test_,engines.py optim.py trl.py) \
-    $(addprefix tests/axolotl_spft/test_,$(addsuffix .py,calibration_data commands engines lora_yaml \
-    merge_command plugin_discovery preferences processes training_options))
+CURRENT := tests/trainer_ext/tuner tests/trainer_ext/test_calibration.py \
+    tests/trainer_ext/test_checkpoints.py tests/trainer_ext/test_distributed.py \
+    tests/trainer_ext/test_merging.py tests/trainer_ext/test_package.py \
+    tests/trainer_ext/test_peft_type.py tests/trainer_ext/test_report.py \
+    tests/trainer_ext/test_trainer.py tests/trainer_ext/test_trainer_forward.py \
+    tests/trainer_ext/test_trl_kinds.py tests/trainer_ext/test_trl_quantised.py \
+    tests/trainer_ext/test_trl_reference.py tests/trainer_ext/test_trl_trainers.py \
+    tests/trainer_ext/test_versions.py tests/distributed/test_engines.py \
+    tests/distributed/test_optim.py tests/distributed/test_trl.py \
+    tests/axolotl_spft/test_calibration_data.py tests/axolotl_spft/test_commands.py \
+    tests/axolotl_spft/test_engines.py tests/axolotl_spft/test_lora_yaml.py \
+    tests/axolotl_spft/test_merge_command.py tests/axolotl_spft/test_plugin_discovery.py \
+    tests/axolotl_spft/test_preferences.py tests/axolotl_spft/test_processes.py \
+    tests/axolotl_spft/test_training_options.py
 
 test-current:
 	$(MAKE) VENV=.venv-current PYTHON=$(PYTHON_CURRENT) install
