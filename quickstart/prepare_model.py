@@ -173,12 +173,17 @@ def repair_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
 def convert(gguf: Path, target: Path) -> None:
     """Write the GGUF file's model and repaired tokenizer to the target folder."""
     import torch
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     repair_tokenizer(tokenizer)
+    options = {}
+    # Where transformers has this class, weights stay packed, and cannot be saved, without it.
+    if hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options
     )
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id
