@@ -16,7 +16,7 @@ from axolotl.utils.tee import close_debug_log
 from trainer_ext import ImportanceScores, SpftError
 
 from .args import in_yaml_words
-from .plugin import ADAPTER, SPFTCallback, SPFTPlugin
+from .plugin import ADAPTER, NAME, SPFTCallback, SPFTPlugin
 
 # Keys that say what becomes of the scores, or what a run goes on with or leaves behind: without
 # them the calibration is the same.
@@ -59,6 +59,8 @@ def calibrate_yaml(
     _refuse_without_calibration(cfg, output)
     with tempfile.TemporaryDirectory(prefix="spft-calibrate-") as folder:
         cfg = {key: value for key, value in cfg.items() if key not in _WITHOUT}
+        # Axolotl before 0.21 finds plugins by name alone
+        cfg["plugins"] = list(dict.fromkeys([*(cfg.get("plugins") or ()), NAME]))
         cfg["output_dir"] = str(Path(folder) / "out")
         file = Path(folder) / "calibrate.yml"
         file.write_text(yaml.safe_dump(cfg, sort_keys=False))
@@ -145,9 +147,6 @@ def _refuse_without_calibration(cfg: dict, output: Path) -> None:
         raise SpftError(
             f"adapter is {cfg.get('adapter')!r}; only adapter: {ADAPTER} has scores to calibrate"
         )
-    plugins = cfg.get("plugins") or []
-    if not any(str(name).startswith("axolotl_spft.") for name in plugins):
-        raise SpftError(f"plugins is {plugins!r}; add axolotl_spft.SPFTPlugin")
     file = cfg.get("spft_importance_file")
     # The YAML may be that of the training run that is to use the file made here.
     if file and Path(str(file)).resolve() != output.resolve():

@@ -28,6 +28,12 @@ _REFUSED: dict[str, tuple[Callable[[object], bool], str]] = {
     "lora_o_kernel": (bool, "it computes LoRA's products and would skip SPFT's; drop it"),
     "lora_embedding_kernel": (bool, "it computes LoRA's products; drop it"),
     "lora_target_parameters": (bool, "SPFT trains linear layers, not bare parameters; drop it"),
+    "lora_fp32_gradients": (bool, "SPFT's deltas have fp32 gradients by default; drop it"),
+    "nf4_backend": (
+        lambda value: value != "bitsandbytes",
+        "SPFT trains over bitsandbytes' 4-bit weights; drop it",
+    ),
+    "nvfp4_merge_aware": (bool, "it trains LoRA's factors by their merged weights; drop it"),
     "peft_use_dora": (bool, "DoRA is a variant of LoRA; drop it"),
     "peft_layer_replication": (bool, f"layer replication {_NOT_YET}; drop it"),
     "peft_trainable_token_indices": (

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from trainer_ext import SpftCallback, SpftError
 from trainer_ext.errors import in_plain_words
 from trainer_ext.tuner.model import default_task_type
+from trainer_ext.versions import check_versions
 
 from . import quantised
 from .args import (
@@ -30,6 +31,7 @@ from .preferences import WITH_REFERENCE, load_preferences, save_adapter_alone, s
 from .saved import check_continued_adapter, check_resumed_adapter, settle_merging, settle_resuming
 
 ADAPTER = "prune_spft"
+NAME = "axolotl_spft.SPFTPlugin"  # in `plugins`, and in Axolotl's list of what is installed
 
 
 class SPFTCallback(SpftCallback):
@@ -66,6 +68,8 @@ class SPFTPlugin(BasePlugin):
     def register(self, cfg: dict) -> None:
         """Check the raw YAML, before Axolotl drops the keys that it does not know."""
         _show_mistakes_in_one_line(cfg)
+        named = [str(name).replace(":", ".") for name in cfg.get("plugins") or ()]
+        _refuse_other_names(named)
         args = read_args(cfg)
         if cfg.get("adapter") != ADAPTER:
             used = sorted(args.model_fields_set)
@@ -74,8 +78,10 @@ class SPFTPlugin(BasePlugin):
                     f"{used[0]} has no effect with adapter: {cfg.get('adapter')}; "
                     f"set adapter: {ADAPTER}, or drop the key"
                 )
-            _refuse_ignored_adapter(cfg)
+            if NAME in named:
+                _refuse_ignored_adapter(cfg)
             return
+        check_versions("axolotl")
         refuse_unsupported(cfg)
         check_classes(cfg)
         warn_of_unused_lora_keys(cfg)
@@ -159,6 +165,13 @@ class SPFTPlugin(BasePlugin):
             # After training Axolotl would look for a sharded model in the last checkpoint; what is
             # saved is the adapter, whole.
             cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
+
+
+def _refuse_other_names(named: list[str]) -> None:
+    """Under two names Axolotl would take the plugin for two."""
+    for name in named:
+        if name.startswith("axolotl_spft.") and name != NAME:
+            raise SpftError(f"plugins names {name}, the plugin is {NAME}; write that")
 
 
 def _refuse_ignored_adapter(cfg: dict) -> None:

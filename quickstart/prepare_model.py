@@ -178,16 +178,13 @@ def convert(gguf: Path, target: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     repair_tokenizer(tokenizer)
-    options = {"gguf_file": gguf.name, "dtype": torch.bfloat16}
-    if hasattr(transformers, "GgufConfig"):  # these versions would keep the weights in 4 bits
+    options = {}
+    # Where transformers has this class, weights stay packed, and cannot be saved, without it.
+    if hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
-    # They also refuse to save what they loaded, so the weights go into a model of its own.
-    if hasattr(loaded.config, "quantization_config"):
-        del loaded.config.quantization_config
-    model = AutoModelForCausalLM.from_config(loaded.config, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options
+    )
     for config in (model.config, model.generation_config):
         config.eos_token_id = tokenizer.eos_token_id
         config.pad_token_id = tokenizer.pad_token_id

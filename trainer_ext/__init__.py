@@ -5,18 +5,21 @@ safetensors only. `SpftSFTTrainer` and `SpftDPOTrainer` need TRL, which is impor
 use.
 """
 
-from .calibration import measure_importance, select_by_scores, select_neurons
-from .config import SpftConfig
-from .errors import SpftError
-from .merging import merge_checkpoint
-from .optim import SelectedNeuronAdamW
-from .scores import ImportanceScores
-from .selection import NeuronSelection, apply_selection, current_selection
-from .trainer import SpftCallback, SpftTrainer, SpftTrainerMixin
-from .tuner.layer import SpftLinear
-from .tuner.model import SpftModel, restore_base, write_through
-from .tuner.registration import register_spft
-from .tuner.trained import trained_parameters
+from .versions import check_versions, imports_explained
+
+with imports_explained():
+    from .calibration import measure_importance, select_by_scores, select_neurons
+    from .config import SpftConfig
+    from .errors import SpftError
+    from .merging import merge_checkpoint
+    from .optim import SelectedNeuronAdamW
+    from .scores import ImportanceScores
+    from .selection import NeuronSelection, apply_selection, current_selection
+    from .trainer import SpftCallback, SpftTrainer, SpftTrainerMixin
+    from .tuner.layer import SpftLinear
+    from .tuner.model import SpftModel, restore_base, write_through
+    from .tuner.registration import register_spft
+    from .tuner.trained import trained_parameters
 
 register_spft()
 
@@ -47,9 +50,11 @@ def __getattr__(name: str):
     if name not in ("SpftSFTTrainer", "SpftDPOTrainer"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
-        from .trl_trainers import SpftDPOTrainer, SpftSFTTrainer
+        with imports_explained("trl"):
+            from .trl_trainers import SpftDPOTrainer, SpftSFTTrainer
     except ModuleNotFoundError as error:
         if error.name != "trl":
             raise
         raise ImportError(f"{name} needs TRL, which is not installed: pip install trl") from None
+    check_versions("trl")
     return {"SpftSFTTrainer": SpftSFTTrainer, "SpftDPOTrainer": SpftDPOTrainer}[name]

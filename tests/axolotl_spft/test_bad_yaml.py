@@ -90,6 +90,12 @@ YAML_ROWS = [
     ),
     ({"loraplus_lr_ratio": 16}, ["loraplus_lr_ratio is 16", "drop it"]),
     ({"lora_mlp_kernel": True}, ["lora_mlp_kernel is True", "drop it"]),
+    ({"lora_fp32_gradients": True}, ["lora_fp32_gradients is True", "drop it"]),
+    (
+        {"load_in_4bit": True, "nf4_backend": "torchao"},
+        ["nf4_backend is 'torchao'", "bitsandbytes", "drop it"],
+    ),
+    ({"nvfp4_merge_aware": True}, ["nvfp4_merge_aware is True", "drop it"]),
     ({"peft_use_dora": True}, ["peft_use_dora is True", "drop it"]),
     ({"relora": True}, ["relora is True", "drop it"]),
     ({"fsdp_config": {"state_dict_type": "x"}}, ["fsdp_version is None", "fsdp_version: 2"]),

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import cpu_processes
 import pytest
 import tomllib
 from axolotl_runs import own_process_state, same_tensors, spft_yaml, train, write_yaml
@@ -125,6 +126,12 @@ def test_keys_of_use_to_the_training_run_alone_do_not_matter(assets, tmp_path):
     assert same_tensors(*(ImportanceScores.load(path).scores for path in (plain, other)))
 
 
+def test_the_yaml_need_not_name_the_plugin(assets, tmp_path):
+    named, other = spft_yaml(assets), spft_yaml(assets, plugins=None)
+    files = [calibrated(named, tmp_path, name="named"), calibrated(other, tmp_path, name="other")]
+    assert same_tensors(*(ImportanceScores.load(path).scores for path in files))
+
+
 def test_keys_can_be_replaced(assets, tmp_path):
     options = ["--spft-importance=random", "--spft_seed=7", "--strict=true"]
     replaced = calibrated(spft_yaml(assets), tmp_path, *options, name="replaced")
@@ -164,7 +171,6 @@ MISTAKES = [
     ({}, ["--spft-r=0"], ["spft_r is 0", "at least 1"]),
     ({}, ["spft_r=4"], ["spft_r=4 is not understood", "--key=value"]),
     ({"adapter": "lora"}, [], ["adapter is 'lora'", "only adapter: prune_spft"]),
-    ({"plugins": None}, [], ["plugins is []", "add axolotl_spft.SPFTPlugin"]),
     (
         {"spft_importance_file": "there.safetensors"},
         [],
@@ -256,7 +262,7 @@ def test_python_function_and_what_it_leaves_in_the_process(assets, tmp_path):
     assert len(train(config, tmp_path / "out").losses) == 2
 
 
-def test_two_processes_score_their_global_batches(assets, tmp_path):
+def test_two_processes_score_their_global_batches(assets, tmp_path, monkeypatch):
     """Real processes: two with one micro batch each give what one gives with two."""
     on_cpu = {"max_memory": {"cpu": "20GiB"}, "experimental_skip_move_to_device": True}
     config = spft_yaml(assets, micro_batch_size=2)
@@ -265,7 +271,15 @@ def test_two_processes_score_their_global_batches(assets, tmp_path):
     launch = [str(bin_folder / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     done = subprocess.run(
-        [*launch, "-m", "axolotl_spft.cli", "calibrate", str(yaml), "-o", str(tmp_path / "two")],
+        [
+            *launch,
+            cpu_processes.__file__,
+            "axolotl_spft.cli",
+            "calibrate",
+            str(yaml),
+            "-o",
+            str(tmp_path / "two"),
+        ],
         env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
@@ -274,6 +288,13 @@ def test_two_processes_score_their_global_batches(assets, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("axolotl-spft: ") == 1
     assert not (tmp_path / "never").exists()
+    create = SPFTPlugin.post_trainer_create
+
+    def and_average(self, cfg, trainer):
+        create(self, cfg, trainer)
+        cpu_processes.average_micro_batches_alone(trainer)
+
+    monkeypatch.setattr(SPFTPlugin, "post_trainer_create", and_average)
     one = ImportanceScores.load(
         calibrated({**config, "gradient_accumulation_steps": 2}, tmp_path, name="one")
     )

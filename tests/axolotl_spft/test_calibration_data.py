@@ -7,9 +7,12 @@ bit even with dropout and NEFTune noise. The scores are those of dense autograd 
 
 from __future__ import annotations
 
+import importlib.metadata
+
 import pytest
 import torch
-from axolotl_runs import layers_of, same_batches, spft_yaml, train
+from axolotl_runs import layers_of, loss_of_step, same_batches, spft_yaml, train
+from packaging.version import Version
 from safetensors.torch import load_file
 
 PRETRAINING = {
@@ -30,7 +33,10 @@ CASES = {
     "pretraining packed": {**PRETRAINING, "sample_packing": True, "micro_batch_size": 1},
     "length groups": {"group_by_length": True},
     "curriculum": {"curriculum_sampling": True},
+    "balanced": {"balance_labels": True, "gradient_accumulation_steps": 2, "micro_batch_size": 2},
 }
+if Version(importlib.metadata.version("axolotl")) < Version("0.21"):
+    del CASES["balanced"]  # a key of 0.21
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -72,9 +78,10 @@ def test_scores_are_those_of_plain_autograd_on_these_batches(assets, tmp_path, c
 
     model = assets.base_model().train()
     weights = {name: model.get_submodule(name).weight for name in scores}
+    size = CASES[case].get("gradient_accumulation_steps", 1)
+    steps = [run.calibration[i : i + size] for i in range(0, len(run.calibration), size)]
     gradients = torch.autograd.grad(
-        # Axolotl averages the micro batches' own means, whatever their number of tokens
-        torch.stack([model(**batch, use_cache=False).loss for batch in run.calibration]).mean(),
+        torch.stack([loss_of_step(model, step) for step in steps]).mean(),
         list(weights.values()),
     )
     for (name, weight), gradient in zip(weights.items(), gradients, strict=True):

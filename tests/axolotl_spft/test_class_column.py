@@ -127,7 +127,7 @@ def test_every_calibration_row_has_its_own_class(assets, tmp_path, rows, metric,
     assert all(CLASS_KEY not in batch for batch in plain.calibration)
     assert same_batches(_without_classes(run.calibration), plain.calibration)
     assert same_batches(_without_classes(run.batches), plain.batches)
-    if accumulation == 1:  # else Axolotl averages the micro batches' means
+    if accumulation == 1:  # the reference knows no micro batches
         _assert_scores_of_the_formula(assets, run)
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import cpu_processes
 import pytest
 import torch
 from axolotl_runs import adapter_tensors, layers_of, same_tensors, spft_yaml, train, write_yaml
@@ -50,12 +51,15 @@ def test_two_processes_train_as_one(assets, tmp_path):
     yaml = write_yaml(spft_yaml(assets, **shared, **on_cpu), tmp_path / "two")
     launch = [str(BIN / "accelerate"), "launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = _run([*launch, "-m", "axolotl.cli.train", str(yaml)], ACCELERATE_USE_CPU="true")
+    done = _run(
+        [*launch, cpu_processes.__file__, "axolotl.cli.train", str(yaml)], ACCELERATE_USE_CPU="true"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
     two = json.loads((tmp_path / "two" / "spft_report.json").read_text())
     assert two["world_size"] == 2
-    one = train(spft_yaml(assets, **shared, gradient_accumulation_steps=2), tmp_path / "one")
+    config = spft_yaml(assets, **shared, gradient_accumulation_steps=2)
+    one = train(config, tmp_path / "one", cpu_processes.average_micro_batches_alone)
     losses = [loss for _, loss in two["train_loss"]]
     assert losses == pytest.approx(one.losses, abs=1e-5)
     layers = layers_of(adapter_tensors(tmp_path / "two"))

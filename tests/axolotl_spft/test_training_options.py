@@ -15,6 +15,7 @@ from axolotl_runs import (
     adapter_tensors,
     layers_of,
     lora_yaml,
+    loss_of_step,
     same_batches,
     same_tensors,
     spft_yaml,
@@ -53,13 +54,14 @@ def test_gradient_checkpointing_changes_nothing(assets, tmp_path, plain, reentra
 
 
 def test_gradient_accumulation_is_that_of_lora(assets, tmp_path):
-    """The first loss: both adapters are the identity then."""
+    """The first loss, which is the base model's: both adapters are the identity then."""
     keys = {"gradient_accumulation_steps": 2, "micro_batch_size": 2, "max_steps": 2}
     spft = train(spft_yaml(assets, **keys), tmp_path / "spft")
     lora = train(lora_yaml(assets, **keys, lora_dropout=0.0), tmp_path / "lora")
     assert same_batches(spft.batches, lora.batches)
     assert len(spft.batches) == 4
-    assert spft.losses[0] == lora.losses[0] == pytest.approx(sum(spft.step_losses[:2]) / 2)
+    expected = float(loss_of_step(assets.base_model(), spft.batches[:2]).detach())
+    assert spft.losses[0] == lora.losses[0] == pytest.approx(expected, abs=1e-5)
 
 
 def test_sample_packing_trains_on_separate_conversations(assets, tmp_path):

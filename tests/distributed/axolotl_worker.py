@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
+from cpu_processes import average_micro_batches_alone, expect_no_gpu
 from engine_worker import start
 from run_worker import Look
 
@@ -40,6 +41,7 @@ def main(folder: Path, engine: str, yaml: str) -> None:
     rank = int(os.environ.get("RANK", "0"))
     os.environ["AXOLOTL_TEE_STDOUT"] = "0"
     offer_gloo()
+    expect_no_gpu()
     start(engine)
     from axolotl.cli.train import do_cli
     from axolotl.integrations.base import PluginManager
@@ -49,6 +51,7 @@ def main(folder: Path, engine: str, yaml: str) -> None:
 
     def and_look(self, cfg, trainer):
         create(self, cfg, trainer)
+        average_micro_batches_alone(trainer)
         looks.append(Look(trainer, engine, world))
         trainer.add_callback(looks[0])
 

@@ -106,6 +106,7 @@ def zero(folder: Path) -> dict:
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
             "zero_allow_untested_optimizer": True,
+            "gradient_clipping": 0.0,  # 1.0 by default since DeepSpeed 0.19
         }
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
         assert engine.zero_optimization_stage() == stage

@@ -6,6 +6,7 @@ Axolotl is not imported before the first run, so that tests of trainer_ext alone
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from unittest import mock
 import torch
 import yaml
 from axolotl_once import freeze_after_first_run, import_once
+from packaging.version import Version
 from quantised import save_base
 from safetensors.torch import load_file
 from tiny_models import byte_tokenizer, tiny_model
@@ -267,6 +269,27 @@ def write_yaml(config: dict, out: Path) -> Path:
     path = Path(f"{out}.yml")
     path.write_text(yaml.safe_dump({**config, "output_dir": str(out)}))
     return path
+
+
+def loss_of_step(model, micro_batches: list[dict]) -> torch.Tensor:
+    """What one optimizer step minimises, from plain forwards.
+
+    Since Axolotl 0.20 every target token of the step counts alike. Earlier ones average the micro
+    batches' own means, because they look for `num_items_in_batch` in the forward's signature, where
+    transformers' models do not have it, and so switch its use off.
+    """
+    losses = torch.stack([model(**batch, use_cache=False).loss for batch in micro_batches])
+    targets = torch.tensor([int((b["labels"][:, 1:] != -100).sum()) for b in micro_batches])
+    if len(targets) > 1:
+        assert len(set(targets.tolist())) > 1, "both ways of averaging give the same here"
+    if tokens_count_alike():
+        return (losses * targets).sum() / targets.sum()
+    return losses.mean()
+
+
+def tokens_count_alike() -> bool:
+    """Whether Axolotl averages a step's loss over all its tokens; see `loss_of_step`."""
+    return Version(importlib.metadata.version("axolotl")) >= Version("0.20")
 
 
 def adapter_tensors(folder: str | Path) -> dict[str, torch.Tensor]:

@@ -95,6 +95,10 @@ def _server(imports: str) -> subprocess.Popen:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(map(str, PATHS)),
             "OMP_NUM_THREADS": "1",
+            # Asking the CUDA runtime for its devices forbids it to all forks, GPU or not; these two
+            # answer "none" without it. The processes compute on the CPU.
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         }
         server = _servers[imports] = subprocess.Popen(

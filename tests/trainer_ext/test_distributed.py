@@ -1,6 +1,7 @@
 """ShardLayout: for any shape and world size the processes' ranges are disjoint and their union is
 the weight, blocks tile a range, and the masks of selected neurons agree with plain indexing. DDP's
-list of what it leaves out keeps the names of others. (Real engines: tests/distributed.)"""
+list of what it leaves out keeps the names of others. What is communicated goes to no device that is
+not there. (Real engines: tests/distributed.)"""
 
 from __future__ import annotations
 
@@ -19,6 +20,7 @@ from trainer_ext.distributed import (
     sum_over_processes,
     write_neurons,
 )
+from trainer_ext.distributed.processes import communication_device
 from trainer_ext.tuner.model import deltas, selection_buffers
 
 
@@ -95,6 +97,15 @@ def test_one_process_sums_itself():
     tensors = {"a": torch.rand(3)}
     assert sum_over_processes(tensors) is tensors
     assert mean_over_processes(tensors) is tensors
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is an accelerator")
+@pytest.mark.parametrize("backend", ["gloo", "undefined"])  # the latter where none is named
+def test_an_accelerator_that_torch_was_only_built_for_communicates_nothing(monkeypatch, backend):
+    """As a CUDA build on a machine without a GPU."""
+    monkeypatch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: backend)
+    assert communication_device(torch.device("cpu")) == torch.device("cpu")
 
 
 def test_the_buffers_of_a_selection_are_kept_from_ddps_broadcast():

@@ -14,7 +14,16 @@ PACKAGE = Path(trainer_ext.__file__).parent
 OPTIONAL = ("axolotl", "deepspeed", "trl", "bitsandbytes", "datasets")
 # Lower layers first: a module may import from its own layer and from those before it.
 LAYERS = [
-    {"errors", "peft_type", "files", "distributed", "stability", "class_column", "stored_tensor"},
+    {
+        "errors",
+        "peft_type",
+        "files",
+        "distributed",
+        "stability",
+        "class_column",
+        "stored_tensor",
+        "versions",
+    },
     {"base_checkpoint", "config_checks", "scores", "provenance"},
     {"calibration_mode", "agreement", "verdict", "config", "allocation"},
     {"adapter_file"},

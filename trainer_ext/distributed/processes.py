@@ -63,7 +63,8 @@ def wait_for_all() -> None:
 
 def communication_device(device: torch.device) -> torch.device:
     """Where a tensor on `device` must go to be communicated: NCCL knows no CPU memory."""
-    accelerator = torch.accelerator.current_accelerator()
+    # a CUDA build of torch names its accelerator on machines without one, too
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if device.type != "cpu" or accelerator is None or "gloo" in dist.get_backend():
         return device
     return torch.device(accelerator.type, torch.accelerator.current_device_index())

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..errors import SpftError
 from ..peft_type import add_peft_type
+from ..versions import check_versions
 from .anchors import forget_anchor, prepare_anchors, settle_anchor, take_over_start
 from .base_layers import is_linear
 from .budgets import settle_budgets
@@ -41,6 +42,7 @@ class SpftModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_adapter_config(self, peft_config, model_config):
+        check_versions()
         take_over_start(peft_config)
         if peft_config.target_modules in (None, "all-linear"):
             peft_config.target_modules = default_target_modules(self.model, peft_config)
