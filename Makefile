@@ -42,13 +42,16 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# All but the tests marked `full`.
+# All but the tests marked `full`, file by file in so many processes at a time.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # Real processes under every engine: the core of it, which `make test` has too, and the rest.
 test-distributed: install
-	$(BIN)/python -m pytest -m "" tests/distributed $(PYTEST_ARGS)
+	$(PYTEST) -m "" tests/distributed $(PYTEST_ARGS)
 
 # The core of the tests with the newest Axolotl that is supported, in an environment of its own
 # (7 GB).
