@@ -102,6 +102,7 @@ $(GPU_VENV)/.installed: benchmarks/gpu-requirements.txt
 gpu-rehearsal: gpu-pack $(GPU_VENV)/.installed
 	rm -rf .gpu-rehearsal .gpu-carried/cache
 	PYTHON=$(GPU_VENV)/bin/python bash benchmarks/gpu.sh --device cpu --output .gpu-rehearsal
+	rm -rf .gpu-carried/cache
 
 clean:
 	rm -rf $(VENV) .venv-current $(GPU_VENV) .gpu-carried .gpu-rehearsal quickstart/cache \

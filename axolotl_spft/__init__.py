@@ -12,10 +12,11 @@ try:
     with imports_explained("axolotl"):
         from .args import SPFTArgs
         from .plugin import SPFTPlugin
+
+    __all__ = ["SPFTArgs", "SPFTPlugin"]
 except ImportError as error:
     # Axolotl imports every plugin that is installed, also for YAMLs that have no use for it.
     from .stand_in import refusing_plugin
 
     SPFTPlugin = refusing_plugin(error)
-
-__all__ = ["SPFTArgs", "SPFTPlugin"]
+    __all__ = ["SPFTPlugin"]

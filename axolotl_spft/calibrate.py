@@ -16,7 +16,7 @@ from axolotl.utils.tee import close_debug_log
 from trainer_ext import ImportanceScores, SpftError
 
 from .args import in_yaml_words
-from .plugin import ADAPTER, NAME, SPFTCallback, SPFTPlugin
+from .plugin import ADAPTER, NAME, SPFTCallback, SPFTPlugin, named_plugins
 
 # Keys that say what becomes of the scores, or what a run goes on with or leaves behind: without
 # them the calibration is the same.
@@ -60,7 +60,7 @@ def calibrate_yaml(
     with tempfile.TemporaryDirectory(prefix="spft-calibrate-") as folder:
         cfg = {key: value for key, value in cfg.items() if key not in _WITHOUT}
         # Axolotl before 0.21 finds plugins by name alone
-        cfg["plugins"] = list(dict.fromkeys([*(cfg.get("plugins") or ()), NAME]))
+        cfg["plugins"] = list(dict.fromkeys([*named_plugins(cfg), NAME]))
         cfg["output_dir"] = str(Path(folder) / "out")
         file = Path(folder) / "calibrate.yml"
         file.write_text(yaml.safe_dump(cfg, sort_keys=False))

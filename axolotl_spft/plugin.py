@@ -68,7 +68,7 @@ class SPFTPlugin(BasePlugin):
     def register(self, cfg: dict) -> None:
         """Check the raw YAML, before Axolotl drops the keys that it does not know."""
         _show_mistakes_in_one_line(cfg)
-        named = [str(name).replace(":", ".") for name in cfg.get("plugins") or ()]
+        named = named_plugins(cfg)
         _refuse_other_names(named)
         args = read_args(cfg)
         if cfg.get("adapter") != ADAPTER:
@@ -165,6 +165,18 @@ class SPFTPlugin(BasePlugin):
             # After training Axolotl would look for a sharded model in the last checkpoint; what is
             # saved is the adapter, whole.
             cfg.fsdp_config.final_state_dict_type = "FULL_STATE_DICT"
+
+
+def named_plugins(cfg: dict) -> list[str]:
+    """The plugins that a YAML names, each as `package.Class`.
+
+    Raises:
+        SpftError: it names them in another way than a list.
+    """
+    plugins = cfg.get("plugins") or []
+    if not isinstance(plugins, list):
+        raise SpftError(f"plugins is {plugins!r}; it must be a list: plugins: [{NAME}]")
+    return [str(name).replace(":", ".") for name in plugins]
 
 
 def _refuse_other_names(named: list[str]) -> None:

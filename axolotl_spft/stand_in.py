@@ -12,6 +12,6 @@ def refusing_plugin(error: ImportError) -> type[BasePlugin]:
     class SPFTPlugin(BasePlugin):
         def register(self, cfg: dict) -> None:
             if cfg.get("adapter") == "prune_spft":
-                raise SystemExit(line)
+                raise SystemExit(line) from error
 
     return SPFTPlugin

@@ -3,14 +3,13 @@
     python benchmarks/gpu_four_bit.py [--device cuda] [--size 1b]
 
 Exactness, at the tiny size in NF4 and int8: a fresh adapter's selected outputs are those of the
-checkpoint's original rows to the bit, all others the quantised layer's; what is trained moves and
-is saved. The step: SPFT from quantised rows beside QLoRA at an equal number of trained parameters,
+checkpoint's original rows to the bit, all others the quantised layer's; every delta moves in two
+steps. The step: SPFT from quantised rows beside QLoRA at an equal number of trained parameters,
 and beside the frozen quantised model, rounds interleaved.
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import tempfile
@@ -190,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="spft-4bit-") as folder:
         work.base_model().save_pretrained(folder)
         for kind in KINDS:
-            figures["kinds"][kind] = measure(kind, copy.copy(work), Path(folder))
+            figures["kinds"][kind] = measure(kind, work, Path(folder))
             write_bytes(args.output_dir / "figures.json", json.dumps(figures, indent=1).encode())
             write_bytes(args.output_dir / "table.md", render(figures).encode())
     print(render(figures))

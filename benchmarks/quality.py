@@ -13,20 +13,20 @@ import argparse
 import json
 import math
 import multiprocessing
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from fingerprint import code_fingerprint
+from fingerprint import code_fingerprint, fingerprint
 from measuring import describe_machine, make_versions, positive
 from peft import get_peft_model
 from peft_adapters import ADAPTERS, nearest_rank
+from quality_table import best_losses, render
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from trainer_ext import SpftConfig, SpftTrainer, measure_importance
@@ -65,9 +65,13 @@ class Setting:
         rows: samples of a training step.
         held_out: held-out samples at most, the first of the file.
         device: name of the GPU or processor type.
+        inputs: fingerprint of the model's and the data's files.
+        torch: its version.
     """
 
     code: str
+    inputs: str
+    torch: str
     max_steps: int
     rows: int
     calibration_batches: int
@@ -236,14 +240,19 @@ def run_all(jobs: list[Job], args, setting: Setting, deadline: float) -> Iterato
             yield bench.run(job)
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.workers, context, _start_worker, (args, setting)) as pool:
-        waiting = {pool.submit(_run_in_worker, job): job for job in jobs}
-        for done in as_completed(waiting):
-            if not done.cancelled():
-                yield done.result()
-            if time.monotonic() > deadline:
-                for future in waiting:
-                    future.cancel()
+    pool = ProcessPoolExecutor(args.workers, context, _start_worker, (args, setting))
+    try:
+        waiting, running = list(jobs), set()
+        while True:
+            while waiting and len(running) < args.workers and time.monotonic() <= deadline:
+                running.add(pool.submit(_run_in_worker, waiting.pop(0)))
+            if not running:
+                return
+            ended, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read_rows(path: Path, setting: Setting) -> list[dict]:
@@ -254,71 +263,16 @@ def read_rows(path: Path, setting: Setting) -> list[dict]:
     """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines()
-    whole = [line for line in lines if line.endswith("}")]  # a killed call may leave half a line
+    *whole, _ = path.read_text().split("\n")  # a killed call may leave half a line at the end
     rows = [json.loads(line) for line in whole]
     for row in rows:
         for key, value in asdict(setting).items():
-            if row["setting"][key] != value:
+            if row["setting"].get(key) != value:
                 raise ValueError(
-                    f"{path} has rows with {key} = {row['setting'][key]}, this call has {value}; "
-                    "give another --output-dir, or remove the file"
+                    f"{path} has rows with {key} = {row['setting'].get(key)}, this call has "
+                    f"{value}; give another --output-dir, or remove the file"
                 )
     return rows
-
-
-def grouped(rows: list[dict]) -> dict[str, dict[float, list[dict]]]:
-    """The rows by case and learning rate, those of a cell by seed."""
-    by_case: dict[str, dict[float, list[dict]]] = {}
-    for row in sorted(rows, key=lambda row: (row["learning_rate"], row["seed"])):
-        by_case.setdefault(row["case"], {}).setdefault(row["learning_rate"], []).append(row)
-    return by_case
-
-
-def mean_loss(rows: list[dict]) -> float:
-    return statistics.mean(row["held_out_loss_after"] for row in rows)
-
-
-def best_losses(rows: list[dict]) -> dict[str, float]:
-    """The lowest mean over the seeds of each case, over its learning rates."""
-    return {case: min(map(mean_loss, found.values())) for case, found in grouped(rows).items()}
-
-
-def render(rows: list[dict]) -> str:
-    """The table in Markdown, best case first."""
-    setting, versions = rows[0]["setting"], rows[0]["versions"]
-    by_case = grouped(rows)
-    rates = sorted({row["learning_rate"] for row in rows})
-
-    def cell(case: str, rate: float, best: float) -> str:
-        found = by_case[case].get(rate)
-        if not found:
-            return ""
-        each = ", ".join(f"{row['held_out_loss_after']:.3f}" for row in found)
-        text = f"{mean_loss(found):.3f} ({each})" if len(found) > 1 else each
-        return f"**{text}**" if mean_loss(found) == best else text
-
-    lines = [
-        f"Held-out loss (nats a token) of SmolLM2-135M after {setting['max_steps']} steps of "
-        f"{setting['rows']} docstrings; before: {rows[0]['held_out_loss_before']:.3f}. Mean over "
-        f"the seeds, each seed's in brackets; each case's best rate in bold. {setting['device']}, "
-        f"torch {versions['torch']}, transformers {versions['transformers']}, peft "
-        f"{versions['peft']}.",
-        "",
-        f"| case | {' | '.join(f'rate {rate:g}' for rate in rates)} | trained parameters | "
-        "halves agree (beyond chance) |",
-        "|---|" + "---|" * (len(rates) + 2),
-    ]
-    best = best_losses(rows)
-    for case in sorted(by_case, key=best.get):
-        all_rows = [row for found in by_case[case].values() for row in found]
-        agreements = [r["agreement_of_halves"] for r in all_rows if r["agreement_of_halves"]]
-        agreement = f"{statistics.mean(agreements):.2f}" if agreements else ""
-        cells = " | ".join(cell(case, rate, best[case]) for rate in rates)
-        lines.append(
-            f"| {case} | {cells} | {all_rows[0]['trainable_parameters']:,} | {agreement} |"
-        )
-    return "\n".join([*lines, ""])
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -348,12 +302,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run what has not been run yet, then print the table; returns the exit code."""
+    """Run what has not been run yet, then print the table.
+
+    Returns:
+        the exit code: 1 if rows of something else are there, or runs are left for another call.
+    """
     args = parse(argv)
     deadline = time.monotonic() + (args.time_limit or math.inf)
     machine = describe_machine(torch.device(args.device))
     setting = Setting(
         code=code_fingerprint([Path(__file__), Path(evaluate.__file__)]),
+        inputs=fingerprint([*args.model.glob("*.safetensors"), *args.data.glob("*.jsonl")]),
+        torch=torch.__version__,
         max_steps=args.max_steps,
         rows=args.rows,
         calibration_batches=args.calibration_batches,
@@ -387,11 +347,13 @@ def main(argv: list[str] | None = None) -> int:
                 f"{row['held_out_loss_after']:.3f}",
                 flush=True,
             )
-    print(render(rows))
+    if rows:
+        print(render(rows))
     best = dict(sorted(best_losses(rows).items(), key=lambda item: item[1]))
     missing = len([job for job in wanted if job not in {job_of(row) for row in rows}])
-    print("; ".join(f"{case} {loss:.3f}" for case, loss in best.items()) + f"; {missing} runs left")
-    return 0
+    parts = [f"{case} {loss:.3f}" for case, loss in best.items()]
+    print("; ".join([*parts, f"{missing} runs left"]))
+    return 1 if missing else 0
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 
 from packaging.requirements import Requirement
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from .errors import SpftError
 
@@ -48,7 +48,8 @@ def imports_explained(extra: str | None = None) -> Iterator[None]:
         yield
     except (ImportError, AttributeError) as error:
         lines = [line for _, line in [*_outside(None), *(_outside(extra) if extra else ())]]
-        if not lines:
+        not_there = isinstance(error, ModuleNotFoundError) and "." not in (error.name or "")
+        if not lines or not_there:  # no version is to blame for a library that is not installed
             raise
         raise ImportError(f"{'; '.join(lines)} ({error})") from error
 
@@ -66,7 +67,11 @@ def _outside(extra: str | None) -> list[tuple[bool, str]]:
         if version is None or requirement.specifier.contains(version, prereleases=True):
             continue
         lower = [s for s in requirement.specifier if s.operator in (">=", ">", "==", "~=")]
-        is_too_old = not all(s.contains(version, prereleases=True) for s in lower)
+        # builds from source call themselves 2.11.0a0+commit
+        release = Version(version.base_version)
+        if all(s.contains(release) for s in requirement.specifier):
+            continue
+        is_too_old = not all(s.contains(release) for s in lower)
         # ">" sorts after "<": lower bounds first
         wanted = ",".join(sorted(map(str, requirement.specifier), reverse=True))
         found.append(
@@ -92,7 +97,8 @@ def _requirements(extra: str | None) -> list[Requirement]:
 
 
 def _installed(name: str) -> Version | None:
+    """None where a library is not installed, or has a version of its own kind."""
     try:
         return Version(importlib.metadata.version(name))
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
         return None

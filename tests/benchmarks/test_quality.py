@@ -9,12 +9,16 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import quality
+import quality_table
 from tiny_models import byte_tokenizer, tiny_model
 
 RESULTS = Path(quality.__file__).parent / "results"
@@ -73,7 +77,7 @@ def test_every_case_trains_and_is_a_row(call, tmp_path):
         assert row["held_out_loss_after"] < row["held_out_loss_before"] - 0.1, row["case"]
     assert len({row["held_out_loss_after"] for row in rows}) == len(rows)
     assert printed.out.splitlines()[-1].endswith("; 0 runs left")
-    assert (tmp_path / "table.md").read_text() == quality.render(rows)
+    assert (tmp_path / "table.md").read_text() == quality_table.render(rows)
 
 
 def test_a_call_goes_on_where_the_last_was_killed(call, tmp_path, monkeypatch):
@@ -81,7 +85,8 @@ def test_a_call_goes_on_where_the_last_was_killed(call, tmp_path, monkeypatch):
     assert call(*cases, "--seeds", "1")[0] == 0
     path = tmp_path / "rows.jsonl"
     whole = path.read_text()
-    path.write_text(whole + whole.splitlines()[0][:40])  # killed while it wrote
+    half = whole.splitlines()[0]
+    path.write_text(whole + half[: half.rindex("}")])  # killed while it wrote
     begun = []
     run = quality.Bench.run
     monkeypatch.setattr(quality.Bench, "run", lambda self, job: begun.append(job) or run(self, job))
@@ -95,13 +100,71 @@ def test_no_run_begins_after_the_time_limit(call, tmp_path, monkeypatch):
     times = iter([0.0, 5.0, 11.0])  # the call's start, and before each run
     monkeypatch.setattr(quality.time, "monotonic", lambda: next(times, 11.0))
     code, printed = call("--cases", "random", "magnitude", "--time-limit", "10")
-    assert code == 0
+    assert code == 1
     assert printed.out.splitlines()[-1].endswith("; 1 runs left")
     assert [row["case"] for row in rows_in(tmp_path)] == ["random"]
 
 
+class _AtOnce(ThreadPoolExecutor):
+    """In the place of a pool of processes; notes how many jobs it held at most."""
+
+    most = 0
+
+    def __init__(self, workers, context, start, arguments):
+        super().__init__(workers)
+        start(*arguments)
+
+    def submit(self, *call):
+        _AtOnce.most = max(_AtOnce.most, self._work_queue.qsize() + 1)
+        return super().submit(*call)
+
+
+@pytest.fixture
+def pool(monkeypatch, tmp_path):
+    """Return a function that runs four jobs on two workers; it returns the rows."""
+    args = argparse.Namespace(workers=2, cases=[])
+    jobs = [quality.Job("random", seed, 1e-3) for seed in range(4)]
+
+    def run(run_job, deadline: float):
+        monkeypatch.setattr(quality, "ProcessPoolExecutor", _AtOnce)
+        monkeypatch.setattr(quality, "_start_worker", lambda *arguments: None)
+        monkeypatch.setattr(quality, "_run_in_worker", run_job)
+        return list(quality.run_all(jobs, args, None, deadline))
+
+    return run
+
+
+def test_workers_begin_nothing_after_the_time_limit(pool, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(quality.time, "monotonic", lambda: clock[0])
+
+    def run_job(job):
+        clock[0] += 6.0
+        return job.seed
+
+    rows = pool(run_job, deadline=10.0)
+    assert set(rows) >= {0, 1}
+    assert len(rows) <= 3  # the two that began at once, and one that may have begun before 10
+    assert _AtOnce.most <= 2
+    clock[0] = 0.0
+    assert sorted(pool(lambda job: job.seed, deadline=10.0)) == [0, 1, 2, 3]
+
+
+def test_a_worker_that_raises_ends_the_rest(pool):
+    begun = []
+
+    def run_job(job):
+        begun.append(job.seed)
+        raise MemoryError("no more")
+
+    with pytest.raises(MemoryError, match="no more"):
+        pool(run_job, deadline=math.inf)
+    assert set(begun) <= {0, 1}
+
+
 @pytest.mark.parametrize(
-    ("key", "value"), [("code", "0" * 12), ("max_steps", 9), ("device", "another GPU")]
+    ("key", "value"),
+    [("code", "0" * 12), ("inputs", "1" * 12), ("max_steps", 9), ("device", "another GPU")],
 )
 def test_rows_of_another_setting_are_refused(call, tmp_path, key, value):
     assert call("--cases", "random")[0] == 0
@@ -123,7 +186,7 @@ def test_a_missing_model_is_told(tmp_path, capsys):
 @pytest.mark.parametrize("rows", COMMITTED, ids=lambda path: path.parts[-3])
 def test_the_committed_table_is_that_of_its_rows(rows, tmp_path):
     shutil.copy(rows, tmp_path)
-    assert rows.with_name("table.md").read_text() == quality.render(rows_in(tmp_path))
+    assert rows.with_name("table.md").read_text() == quality_table.render(rows_in(tmp_path))
 
 
 def test_the_table_shows_each_cell_and_the_best_rate():
@@ -144,7 +207,7 @@ def test_the_table_shows_each_cell_and_the_best_rate():
 
     rows = [row("b", 1, 1e-3, 3.0), row("a", 1, 1e-3, 2.0), row("a", 2, 1e-3, 2.5)]
     rows.append(row("a", 1, 3e-3, 2.75))
-    table = quality.render(rows).splitlines()
+    table = quality_table.render(rows).splitlines()
     assert table[2].startswith("| case | rate 0.001 | rate 0.003 |")
     assert table[4] == "| a | **2.250 (2.000, 2.500)** | 2.750 | 1,000 |  |"
     assert table[5] == "| b | **3.000** |  | 1,000 |  |"

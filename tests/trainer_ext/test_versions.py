@@ -58,14 +58,17 @@ def test_what_is_installed_here_is_supported(extra, caplog):
     assert _warnings(caplog) == []
 
 
-@pytest.mark.parametrize("version", ["0.20.0", "0.21.2", "0.21.5.dev0", "0.20.0+local"])
+@pytest.mark.parametrize(
+    "version",
+    ["0.20.0", "0.21.2", "0.21.5.dev0", "0.20.0+local", "0.20.0a0+c1.nv26", "0.20-our-own-build"],
+)
 def test_inside_the_range(installed, caplog, version):
     installed("peft", version)
     versions.check_versions()
     assert _warnings(caplog) == []
 
 
-@pytest.mark.parametrize("version", ["0.22.0", "0.22.0.dev0", "1.0"])
+@pytest.mark.parametrize("version", ["0.22.0", "0.22.0.dev0", "0.22.0a0+c1", "1.0"])
 def test_newer_is_said_once(installed, caplog, version):
     installed("peft", version)
     versions.check_versions()
@@ -120,3 +123,10 @@ def test_a_name_that_is_gone(version):
         assert last.startswith(f"ImportError: {NEWER.format(version)} ({cause}")
     else:
         assert last.startswith(f"ImportError: {cause}")
+
+
+def test_a_library_that_is_missing_is_not_another_ones_fault(installed):
+    installed("peft", "0.22.0")
+    with pytest.raises(ModuleNotFoundError, match=r"^No module named .no_such_library.$"):
+        with versions.imports_explained():
+            import no_such_library  # noqa: F401

@@ -98,11 +98,9 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         self._configs.pop(adapter_name, None)
 
     def get_base_layer(self) -> nn.Module:
-        """PEFT's without its look for a missing attribute, which costs in every forward."""
+        """As PEFT's, which looks for attributes that are not there: that costs in every forward."""
         base = self._modules["base_layer"]
-        while "base_layer" in base._modules:
-            base = base._modules["base_layer"]
-        return base
+        return base if type(base) in (nn.Linear, Conv1D) else super().get_base_layer()
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         deltas = self.spft_delta

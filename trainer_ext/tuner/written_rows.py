@@ -141,7 +141,9 @@ def _put(layer, index: torch.Tensor, rows: torch.Tensor) -> None:
     weight = layer.get_base_layer().weight
     if is_sharded(weight):  # an engine has taken it over meanwhile
         write_neurons(weight, ShardLayout.of(weight, layer.is_conv1d), index, rows)
-    elif layer.is_conv1d:
+        return
+    index, rows = index.to(weight.device), rows.to(weight)  # somebody may have moved or cast it
+    if layer.is_conv1d:
         weight.index_copy_(1, index, rows.t())
     else:
         weight.index_copy_(0, index, rows)

@@ -50,6 +50,19 @@ def test_merge_unmerge_unload_and_restore_give_w0_to_the_bit(architecture, dtype
     assert all(torch.equal(base.get_submodule(n).weight, w) for n, w in expected.items())
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_weight_that_others_cast_is_put_back_in_its_new_dtype(architecture):
+    """As PEFT's preparation for quantised training casts, by `.data`."""
+    model = training(architecture)
+    for layer in spft_layers(model).values():
+        weight = layer.get_base_layer().weight
+        weight.data = weight.data.to(torch.bfloat16)
+    restore_base(model)
+    expected = originals(architecture)
+    for name, weight in base_weights(model).items():
+        assert torch.equal(weight, expected[name].to(torch.bfloat16))
+
+
 class Fault(Exception):
     pass
 
