@@ -44,14 +44,14 @@ format: install
 
 # All but the tests marked `full`, file by file in so many processes at a time.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile
 
 test: lint
-	$(PYTEST) $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)
 
 # Real processes under every engine: the core of it, which `make test` has too, and the rest.
 test-distributed: install
-	$(PYTEST) -m "" tests/distributed $(PYTEST_ARGS)
+	$(BIN)/python $(PYTEST) -m "" tests/distributed $(PYTEST_ARGS)
 
 # The core of the tests with the newest Axolotl that is supported, in an environment of its own
 # (7 GB).
@@ -72,7 +72,7 @@ CURRENT := tests/trainer_ext/tuner tests/trainer_ext/test_calibration.py \
 
 test-current:
 	$(MAKE) VENV=.venv-current PYTHON=$(or $(PYTHON_312),python3.12) install
-	.venv-current/bin/python -m pytest $(CURRENT) $(PYTEST_ARGS)
+	.venv-current/bin/python $(PYTEST) $(CURRENT) $(PYTEST_ARGS)
 
 benchmark: benchmark-step
 
