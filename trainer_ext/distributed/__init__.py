@@ -34,6 +34,7 @@ from .shards import (
     whole_numel,
     whole_shape,
     write_neurons,
+    write_whole_neurons,
 )
 from .stepped import (
     Stepped,
@@ -77,4 +78,5 @@ __all__ = [
     "whole_shape",
     "world_size",
     "write_neurons",
+    "write_whole_neurons",
 ]

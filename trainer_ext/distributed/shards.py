@@ -232,11 +232,7 @@ def write_neurons(
 ) -> None:
     """Write (r, d_in) weights of some neurons into a weight; every process writes what it holds."""
     if layout.kind == "replicated":
-        index, rows = index.to(weight.device), rows.to(weight)
-        if layout.neurons_are_columns:
-            weight.index_copy_(1, index, rows.t())
-        else:
-            weight.index_copy_(0, index, rows)
+        write_whole_neurons(weight, layout.neurons_are_columns, index, rows)
         return
     local = local_shard(weight, layout)
     here, there = layout.selected_mask(index.to(local.device), process_rank())
@@ -245,4 +241,16 @@ def write_neurons(
         # Small parameters stay gathered (stage3_param_persistence_threshold): the copy that
         # forwards read must follow.
         whole = weight.data.view(layout.rows, layout.columns)
-        write_neurons(whole, ShardLayout.of(whole, layout.neurons_are_columns), index, rows)
+        write_whole_neurons(whole, layout.neurons_are_columns, index, rows)
+
+
+@torch.no_grad()
+def write_whole_neurons(
+    weight: torch.Tensor, neurons_are_columns: bool, index: torch.Tensor, rows: torch.Tensor
+) -> None:
+    """As `write_neurons`, into a weight that this process holds whole, without asking who does."""
+    index, rows = index.to(weight.device), rows.to(weight)
+    if neurons_are_columns:
+        weight.index_copy_(1, index, rows.t())
+    else:
+        weight.index_copy_(0, index, rows)

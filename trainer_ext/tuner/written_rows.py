@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..distributed import ShardLayout, is_sharded, write_neurons
+from ..distributed import ShardLayout, is_sharded, write_neurons, write_whole_neurons
 from .base_layers import quantisation_of
 
 _ALONE, _STEPPED = "_spft_alone", "_spft_stepped"
@@ -141,12 +141,8 @@ def _put(layer, index: torch.Tensor, rows: torch.Tensor) -> None:
     weight = layer.get_base_layer().weight
     if is_sharded(weight):  # an engine has taken it over meanwhile
         write_neurons(weight, ShardLayout.of(weight, layer.is_conv1d), index, rows)
-        return
-    index, rows = index.to(weight.device), rows.to(weight)  # somebody may have moved or cast it
-    if layer.is_conv1d:
-        weight.index_copy_(1, index, rows.t())
     else:
-        weight.index_copy_(0, index, rows)
+        write_whole_neurons(weight, layer.is_conv1d, index, rows)
 
 
 def _buckets(layers: Iterable) -> Iterator[list[tuple]]:
