@@ -25,7 +25,7 @@ from measuring import (
     time_rounds,
 )
 from memory import held_bytes, peak_bytes_above_start
-from methods import LEARNING_RATE
+from methods import LEARNING_RATE, Method
 from peft import get_peft_model
 from peft_adapters import ADAPTERS, nearest_rank
 from torch.nn.functional import linear
@@ -86,17 +86,15 @@ def check_exactness(kind: str, device: str) -> None:
         others = torch.ones(layer.out_features, dtype=torch.bool, device=device)
         others[index] = False
         assert torch.equal(got[:, others], base[:, others]), f"{kind}: other outputs of {name}"
-    optimizer = SelectedNeuronAdamW(trained_parameters(model), lr=LEARNING_RATE)
-    for _ in range(2):
-        model(**work.batch()).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    method = Method(model, work, SelectedNeuronAdamW(trained_parameters(model), lr=LEARNING_RATE))
+    method.step()
+    method.step()
     still = [n for n, la in layers.items() if not la.spft_delta["default"].weight.abs().sum() > 0]
     assert not still, f"{kind}: the deltas of {', '.join(still)} have not moved"
 
 
-def methods(kind: str, work: Workload, checkpoint: Path) -> dict[str, tuple]:
-    """Model and optimizer by name, each over a quantised model of its own."""
+def methods(kind: str, work: Workload, checkpoint: Path) -> dict[str, Method]:
+    """The methods by name, each over a quantised model of its own."""
     device = work.device.type
 
     def fresh():
@@ -105,51 +103,39 @@ def methods(kind: str, work: Workload, checkpoint: Path) -> dict[str, tuple]:
         model.enable_input_require_grads()
         return model
 
-    frozen = fresh()
     spft = get_peft_model(fresh(), SpftConfig(r=work.r, importance="magnitude", quant_init="none"))
     select_neurons(spft)
     shapes = list(work.layers.values())
     rank = nearest_rank(ADAPTERS["lora"], shapes, work.budget)
     lora = get_peft_model(fresh(), ADAPTERS["lora"].config(rank, list(work.layers)))
     trained = [p for p in lora.parameters() if p.requires_grad]
+    ours = SelectedNeuronAdamW(trained_parameters(spft), lr=LEARNING_RATE, fused=True)
+    theirs = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)
     return {
-        "frozen": (frozen, None),
-        "spft": (spft, SelectedNeuronAdamW(trained_parameters(spft), lr=LEARNING_RATE, fused=True)),
-        "qlora": (lora, torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True)),
+        "frozen": Method(fresh(), work),
+        "spft": Method(spft, work, ours),
+        "qlora": Method(lora, work, theirs),
     }
 
 
 def measure(kind: str, work: Workload, checkpoint: Path) -> dict:
     """Times and memory of a step of each method, and the ratios of times of the same round."""
-    batch = work.batch()
-
-    def step_of(model, optimizer):
-        def step() -> None:
-            with work.autocast():
-                loss = model(**batch).loss
-            loss.backward()
-            if optimizer is not None:
-                optimizer.step()
-                optimizer.zero_grad()
-
-        return step
-
     built = methods(kind, work, checkpoint)
-    steps = {name: step_of(*pair) for name, pair in built.items()}
+    steps = {name: method.step for name, method in built.items()}
     for step in steps.values():
         step()
         step()
     peaks = {name: peak_bytes_above_start(step, work.device) for name, step in steps.items()}
     seconds = time_rounds(steps, ROUNDS, work.device, time_limit=20)
     rows = {}
-    for name, (model, _) in built.items():
+    for name, method in built.items():
         rows[name] = {
             **seconds_figures(seconds[name]),
             **ratio_figures("ratio_to_frozen", seconds[name], seconds["frozen"]),
             **ratio_figures("ratio_to_qlora", seconds[name], seconds["qlora"]),
-            "weight_bytes": held_bytes(model),
+            "weight_bytes": held_bytes(method.model),
             "step_peak_bytes": peaks[name],
-            "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "trained_parameters": sum(p.numel() for p in method.trainable),
         }
     return rows
 

@@ -24,7 +24,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from fingerprint import code_fingerprint
-from gpu_model import PACKAGES_FOLDER
+from gpu_model import PACKAGES_FOLDER, prepare_data
 from gpu_plan import STAGES, Stage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,7 +101,7 @@ class Run:
             "command": shlex.join(["python", *command[1:]]),
             **self.facts,
         }
-        write_whole(folder / VERDICT, json.dumps(verdict, indent=1) + "\n")
+        prepare_data.write_whole(folder / VERDICT, (json.dumps(verdict, indent=1) + "\n").encode())
         word = "passed" if code == 0 else "FAILED"
         print(f"{stage.name}: {word} in {seconds:.0f} s: {said}", flush=True)
         return code == 0
@@ -161,12 +161,6 @@ def environment(packages: bool = False) -> dict[str, str]:
 def last_line(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "it printed nothing")
-
-
-def write_whole(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text)
-    part.replace(path)
 
 
 def machine_facts() -> dict:

@@ -349,9 +349,10 @@ def main(argv: list[str] | None = None) -> int:
             )
     if rows:
         print(render(rows))
-    best = dict(sorted(best_losses(rows).items(), key=lambda item: item[1]))
-    missing = len([job for job in wanted if job not in {job_of(row) for row in rows}])
-    parts = [f"{case} {loss:.3f}" for case, loss in best.items()]
+    finished = {job_of(row) for row in rows}
+    missing = sum(job not in finished for job in wanted)
+    best = sorted(best_losses(rows).items(), key=lambda item: item[1])
+    parts = [f"{case} {loss:.3f}" for case, loss in best]
     print("; ".join([*parts, f"{missing} runs left"]))
     return 1 if missing else 0
 

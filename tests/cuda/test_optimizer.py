@@ -14,7 +14,14 @@ import copy
 import pytest
 import torch
 from devices import DEVICE
-from optimizers import compact, drive, same_bits, set_gradients, state_of
+from optimizers import (
+    assert_driven_to_the_same_bits,
+    compact,
+    drive,
+    same_bits,
+    set_gradients,
+    state_of,
+)
 
 from trainer_ext import SelectedNeuronAdamW
 from trainer_ext.optim import SelectedNeuronAdamWReference
@@ -35,10 +42,7 @@ def parameters(dtype=torch.float32) -> list[torch.nn.Parameter]:
 def test_full_precision_has_the_bits_of_torch(dtype, kernel):
     ours, theirs = parameters(dtype), parameters(dtype)
     optimizer, expected = SelectedNeuronAdamW(ours, **kernel), torch.optim.AdamW(theirs, **kernel)
-    drive(optimizer, STEPS)
-    drive(expected, STEPS)
-    assert same_bits(ours, theirs)
-    assert same_bits(state_of(optimizer), state_of(expected))
+    assert_driven_to_the_same_bits(optimizer, expected, STEPS)
     assert not same_bits(ours, parameters(dtype))
     assert all(p.device.type == DEVICE for p in ours)
 
@@ -59,10 +63,7 @@ def test_half_precision_has_the_bits_of_the_twin(dtype, stochastic):
     options = {"stochastic_rounding": stochastic, "seed": 7}
     optimizer = SelectedNeuronAdamW(ours, foreach=False, **options)
     twin = SelectedNeuronAdamWReference(twins, **options)
-    drive(optimizer, STEPS)
-    drive(twin, STEPS)
-    assert same_bits(ours, twins)
-    assert same_bits(state_of(optimizer), state_of(twin))
+    assert_driven_to_the_same_bits(optimizer, twin, STEPS)
     assert {s["exp_avg"].dtype for s in state_of(optimizer)} == {torch.float32}
     assert {s["step"].device.type for s in state_of(optimizer)} == {"cpu"}
 

@@ -47,6 +47,17 @@ def state_of(optimizer) -> list[dict[str, torch.Tensor]]:
     return [optimizer.state[p] for group in optimizer.param_groups for p in group["params"]]
 
 
+def assert_driven_to_the_same_bits(optimizer, expected, steps: int) -> None:
+    """Drive two optimizers, over parameters alike; parameters and states end with equal bits."""
+    drive(optimizer, steps)
+    drive(expected, steps)
+    ours, theirs = (
+        [p for group in o.param_groups for p in group["params"]] for o in (optimizer, expected)
+    )
+    assert same_bits(ours, theirs)
+    assert same_bits(state_of(optimizer), state_of(expected))
+
+
 def same_bits(a, b) -> bool:
     """Whether two lists of tensors or of states agree in dtype and every bit."""
     for x, y in zip(a, b, strict=True):

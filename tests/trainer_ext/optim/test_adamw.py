@@ -13,7 +13,15 @@ import pickle
 import bitsandbytes
 import pytest
 import torch
-from optimizers import SHAPES, compact, drive, same_bits, set_gradients, state_of
+from optimizers import (
+    SHAPES,
+    assert_driven_to_the_same_bits,
+    compact,
+    drive,
+    same_bits,
+    set_gradients,
+    state_of,
+)
 from torch.optim.lr_scheduler import LinearLR
 
 from trainer_ext import SelectedNeuronAdamW
@@ -53,10 +61,7 @@ every_mode = pytest.mark.parametrize(("dtype", "mode"), MODES, ids=_name)
 def test_full_precision_has_the_bits_of_torch(dtype, kernel):
     ours, theirs = compact(dtype), compact(dtype)
     optimizer, expected = SelectedNeuronAdamW(ours, **kernel), torch.optim.AdamW(theirs, **kernel)
-    drive(optimizer, STEPS)
-    drive(expected, STEPS)
-    assert same_bits(ours, theirs)
-    assert same_bits(state_of(optimizer), state_of(expected))
+    assert_driven_to_the_same_bits(optimizer, expected, STEPS)
     assert not same_bits(ours, compact(dtype))
 
 
@@ -85,10 +90,7 @@ def test_half_precision_has_the_bits_of_the_reference(dtype, stochastic):
     options = {"stochastic_rounding": stochastic, "seed": 7}
     optimizer = SelectedNeuronAdamW(ours, foreach=False, **options)
     twin = SelectedNeuronAdamWReference(twins, **options)
-    drive(optimizer, STEPS)
-    drive(twin, STEPS)
-    assert same_bits(ours, twins)
-    assert same_bits(state_of(optimizer), state_of(twin))
+    assert_driven_to_the_same_bits(optimizer, twin, STEPS)
     assert {s["exp_avg"].dtype for s in state_of(optimizer)} == {torch.float32}
 
 
