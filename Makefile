@@ -55,13 +55,10 @@ test-distributed: install
 
 # The core of the tests with the newest Axolotl that is supported, in an environment of its own
 # (7 GB).
-CURRENT := tests/trainer_ext/tuner tests/trainer_ext/test_calibration.py \
-    tests/trainer_ext/test_checkpoints.py tests/trainer_ext/test_distributed.py \
-    tests/trainer_ext/test_merging.py tests/trainer_ext/test_package.py \
-    tests/trainer_ext/test_peft_type.py tests/trainer_ext/test_report.py \
-    tests/trainer_ext/test_trainer.py tests/trainer_ext/test_trainer_forward.py \
-    tests/trainer_ext/test_trl_kinds.py tests/trainer_ext/test_trl_quantised.py \
-    tests/trainer_ext/test_trl_reference.py tests/trainer_ext/test_trl_trainers.py \
+CURRENT := tests/trainer_ext/tuner tests/trainer_ext/calibration/test_run.py \
+    tests/trainer_ext/checkpoints tests/trainer_ext/distributed tests/trainer_ext/export \
+    tests/trainer_ext/config/test_peft_type.py tests/trainer_ext/report \
+    tests/trainer_ext/training tests/trainer_ext/test_package.py \
     tests/trainer_ext/test_versions.py tests/distributed/test_engines.py \
     tests/distributed/test_optim.py tests/distributed/test_trl.py \
     tests/axolotl_spft/test_calibration_data.py tests/axolotl_spft/test_commands.py \

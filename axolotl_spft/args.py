@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from trainer_ext import SpftConfig, SpftError
-from trainer_ext.config import METRICS
+from trainer_ext.config.spft_config import METRICS
 from trainer_ext.tuner.targets import default_target_modules
 
 logger = logging.getLogger(__name__)

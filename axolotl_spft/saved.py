@@ -8,9 +8,9 @@ from pathlib import Path
 from peft import PeftConfig
 
 from trainer_ext import SpftConfig, SpftError
-from trainer_ext.checkpoints import last_complete
-from trainer_ext.config import DEFAULT_R
-from trainer_ext.peft_type import add_peft_type
+from trainer_ext.checkpoints.folders import last_complete
+from trainer_ext.config.peft_type import add_peft_type
+from trainer_ext.config.spft_config import DEFAULT_R
 
 logger = logging.getLogger(__name__)
 

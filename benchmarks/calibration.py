@@ -37,9 +37,9 @@ from peft import get_peft_model
 from workload import Workload
 
 from trainer_ext import SpftConfig, SpftError
-from trainer_ext.calibration_mode import calibration_mode
-from trainer_ext.class_column import CLASS_KEY, RowClasses
+from trainer_ext.calibration.mode import calibration_mode
 from trainer_ext.importance import METRIC_CLASSES
+from trainer_ext.importance.class_column import CLASS_KEY, RowClasses
 from trainer_ext.importance.noise import chunk_rows
 from trainer_ext.tuner.model import spft_layers
 

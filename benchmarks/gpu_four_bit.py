@@ -33,7 +33,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from workload import SIZES, Workload
 
 from trainer_ext import SelectedNeuronAdamW, SpftConfig, select_neurons, trained_parameters
-from trainer_ext.files import write_bytes
+from trainer_ext.files.atomic import write_bytes
 from trainer_ext.tuner.model import spft_layers
 
 KINDS = {

@@ -30,10 +30,10 @@ from trainer_ext import (
     trained_parameters,
     write_through,
 )
-from trainer_ext.files import write_bytes
+from trainer_ext.files.atomic import write_bytes
 from trainer_ext.tuner.functional import _grad_delta
 from trainer_ext.tuner.model import spft_layers
-from trainer_ext.tuner.written_rows import rewrite
+from trainer_ext.tuner.write_through import rewrite
 
 ROUNDS, INNER = 10, 20  # runs of a piece between two looks at the clock: launches overlap
 HOST_ROUNDS = 20

@@ -22,7 +22,7 @@ import torch
 from transformers.utils import is_flash_attn_2_available
 from workload import ATTENTIONS, DTYPES, SIZES
 
-from trainer_ext.files import write_bytes
+from trainer_ext.files.atomic import write_bytes
 
 # of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8

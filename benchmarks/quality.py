@@ -30,7 +30,7 @@ from quality_table import best_losses, render
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from trainer_ext import SpftConfig, SpftTrainer, measure_importance
-from trainer_ext.files import write_bytes
+from trainer_ext.files.atomic import write_bytes
 from trainer_ext.tuner.targets import default_target_modules
 
 ROOT = Path(__file__).resolve().parents[1]

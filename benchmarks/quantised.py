@@ -23,12 +23,12 @@ from bitsandbytes.nn import Params4bit
 from measuring import describe_machine, positive
 from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peft_adapters import ADAPTERS, nearest_rank
+from quantisation_error import QuantisationError, quantisation_errors
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from trainer_ext import SelectedNeuronAdamW, SpftConfig, select_neurons, trained_parameters
-from trainer_ext.base_checkpoint import BaseCheckpoint
-from trainer_ext.files import write_bytes
-from trainer_ext.quantisation_error import QuantisationError, quantisation_errors
+from trainer_ext.files.atomic import write_bytes
+from trainer_ext.files.base_checkpoint import BaseCheckpoint
 from trainer_ext.tuner.base_layers import dense_weight, prepare_quantised
 from trainer_ext.tuner.model import spft_layers
 

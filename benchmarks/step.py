@@ -36,7 +36,7 @@ from picture import Bar, Chart, draw
 from workload import Workload
 
 from trainer_ext import SpftError
-from trainer_ext.report import optimizer_state_bytes
+from trainer_ext.report.figures import optimizer_state_bytes
 
 FLOOR = "frozen"
 COMPARED_TIMES = ("lora",)  # ratios to these are in the figures, beside those to the floor

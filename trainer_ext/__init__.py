@@ -8,18 +8,20 @@ use.
 from .versions import check_versions, imports_explained
 
 with imports_explained():
-    from .calibration import measure_importance, select_by_scores, select_neurons
-    from .config import SpftConfig
+    from .calibration.run import measure_importance, select_by_scores, select_neurons
+    from .config.spft_config import SpftConfig
     from .errors import SpftError
-    from .merging import merge_checkpoint
+    from .export.merge import merge_checkpoint
     from .optim import SelectedNeuronAdamW
-    from .scores import ImportanceScores
-    from .selection import NeuronSelection, apply_selection, current_selection
-    from .trainer import SpftCallback, SpftTrainer, SpftTrainerMixin
+    from .ranking.scores import ImportanceScores
+    from .ranking.selection import NeuronSelection
+    from .training.callback import SpftCallback
+    from .training.trainers import SpftTrainer, SpftTrainerMixin
     from .tuner.layer import SpftLinear
+    from .tuner.marks import trained_parameters
     from .tuner.model import SpftModel, restore_base, write_through
     from .tuner.registration import register_spft
-    from .tuner.trained import trained_parameters
+    from .tuner.selecting import apply_selection, current_selection
 
 register_spft()
 
@@ -51,7 +53,7 @@ def __getattr__(name: str):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         with imports_explained("trl"):
-            from .trl_trainers import SpftDPOTrainer, SpftSFTTrainer
+            from .training.trl import SpftDPOTrainer, SpftSFTTrainer
     except ModuleNotFoundError as error:
         if error.name != "trl":
             raise

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -17,7 +18,27 @@ from packaging.version import InvalidVersion, Version
 from .errors import SpftError
 
 DISTRIBUTION = "axolotl-spft"
+_PACKAGES = (
+    "axolotl-spft",
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "deepspeed",
+    "axolotl",
+)
 logger = logging.getLogger(__name__)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a run stands on."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def check_versions(extra: str | None = None) -> None:

@@ -26,8 +26,8 @@ from axolotl_spft import SPFTPlugin
 from axolotl_spft.calibrate import calibrate_yaml
 from axolotl_spft.cli import calibrate, main, merge
 from trainer_ext import ImportanceScores, SpftError
-from trainer_ext.files import read_tensors
-from trainer_ext.importance.group_taylor import GroupTaylor
+from trainer_ext.files.atomic import read_tensors
+from trainer_ext.importance.metrics.group_taylor import GroupTaylor
 
 PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
 
@@ -228,7 +228,7 @@ def test_output_that_cannot_be_written(assets, tmp_path, monkeypatch):
     def fails(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("trainer_ext.files.os.replace", fails)
+    monkeypatch.setattr("trainer_ext.files.atomic.os.replace", fails)
     (tmp_path / "place").mkdir()
     done = run("calibrate", yaml, "-o", tmp_path / "place" / "scores")
     _check(done, tmp_path / "place" / "scores", ["cannot be written", "No space left"])

@@ -27,9 +27,9 @@ from safetensors.torch import load_file
 from tiny_models import byte_tokenizer
 
 from trainer_ext import SpftError
-from trainer_ext.class_column import CLASS_KEY
 from trainer_ext.importance import METRIC_CLASSES
-from trainer_ext.importance.quantile_mean import QuantileMean
+from trainer_ext.importance.class_column import CLASS_KEY
+from trainer_ext.importance.metrics.quantile_mean import QuantileMean
 
 BY_CLASS = {"spft_importance": "quantile_mean", "spft_class_field": "topic"}
 EVERYTHING = {"spft_calibration_batches": 8, "max_steps": 2}  # an epoch holds 10 batches

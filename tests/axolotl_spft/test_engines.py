@@ -21,7 +21,7 @@ from axolotl_runs import (
 )
 from forked import launch
 
-from trainer_ext.checkpoints import what_is_missing
+from trainer_ext.checkpoints.folders import what_is_missing
 
 # What Axolotl ships as zero2.json and zero3.json says in these keys.
 ZERO2 = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "contiguous_gradients": True}

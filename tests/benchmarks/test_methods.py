@@ -18,7 +18,7 @@ import torch
 from tiny_benchmark import make_workload, workload_named
 from workload import SIZES
 
-from trainer_ext.report import optimizer_state_bytes
+from trainer_ext.report.figures import optimizer_state_bytes
 
 TOTALS = {"50m": 51196416, "135m": 134515008, "1b": 1235814400, "3b": 3212749824}
 TOTALS |= {"8b": 8030261248}

@@ -12,9 +12,9 @@ from tiny_models import dataset, tiny_model
 from transformers import TrainingArguments
 
 from trainer_ext import SpftConfig, SpftTrainer
-from trainer_ext.class_column import CLASS_KEY
 from trainer_ext.importance import METRIC_CLASSES
-from trainer_ext.importance.quantile_mean import QuantileMean
+from trainer_ext.importance.class_column import CLASS_KEY
+from trainer_ext.importance.metrics.quantile_mean import QuantileMean
 
 GLOBAL_BATCH = 8
 SEEN = {"calibration": [], "training": [], "model": set()}

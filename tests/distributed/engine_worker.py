@@ -21,10 +21,10 @@ from tiny_models import batch, tiny_model
 from transformers import TrainerCallback, TrainingArguments
 
 from trainer_ext import ImportanceScores, SelectedNeuronAdamW, SpftConfig, SpftTrainer
-from trainer_ext.distributed import ShardLayout, read_neurons
-from trainer_ext.importance import noise, zo_taylor
-from trainer_ext.trainer import IMPORTANCE_FILE
-from trainer_ext.trainer_batches import bare_model
+from trainer_ext.distributed import ShardLayout, bare_model, read_neurons
+from trainer_ext.importance import noise
+from trainer_ext.importance.metrics import zo_taylor
+from trainer_ext.training.callback import IMPORTANCE_FILE
 from trainer_ext.tuner.model import deltas, spft_layers
 
 # a tiny weight takes several chunks of noise, and the processes' ranges cut through them

@@ -20,7 +20,7 @@ from tiny_models import dataset, tiny_model
 from transformers import TrainerCallback, TrainingArguments
 
 from trainer_ext import SpftConfig, SpftError, SpftTrainer
-from trainer_ext.guard import RunGuard
+from trainer_ext.run_guard.guard import RunGuard
 from trainer_ext.tuner.model import deltas
 
 RANK = int(os.environ["RANK"])

@@ -26,10 +26,9 @@ from quantised import quantised
 from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArguments
 
 from trainer_ext import ImportanceScores, SelectedNeuronAdamW, SpftConfig, SpftTrainer
-from trainer_ext.checkpoints import last_complete
-from trainer_ext.distributed import innermost_optimizer
-from trainer_ext.trainer import IMPORTANCE_FILE
-from trainer_ext.trainer_batches import bare_model
+from trainer_ext.checkpoints.folders import last_complete
+from trainer_ext.distributed import bare_model, innermost_optimizer
+from trainer_ext.training.callback import IMPORTANCE_FILE
 from trainer_ext.tuner.model import deltas
 
 GLOBAL_BATCH = 12

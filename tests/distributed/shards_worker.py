@@ -23,8 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from trainer_ext import SpftConfig, measure_importance, select_by_scores
-from trainer_ext.class_column import CLASS_KEY
-from trainer_ext.importance import noise, zo_taylor
+from trainer_ext.importance import noise
+from trainer_ext.importance.class_column import CLASS_KEY
+from trainer_ext.importance.metrics import zo_taylor
 from trainer_ext.tuner.model import deltas, spft_layers
 
 # a tiny weight takes several chunks of noise, and the processes' ranges cut through them

@@ -9,7 +9,7 @@ import signal
 import pytest
 from engine_runs import finish, same_bits, start
 
-from trainer_ext.checkpoints import what_is_missing
+from trainer_ext.checkpoints.folders import what_is_missing
 
 OPTIONS = {
     "steps": 8,

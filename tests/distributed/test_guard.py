@@ -11,7 +11,7 @@ import pytest
 import torch
 from forked import Ended, run
 
-from trainer_ext.watchdog import EXIT_CODE
+from trainer_ext.run_guard.watchdog import EXIT_CODE
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import torch
 from engine_runs import finish, relative_difference, same_bits, start
 from safetensors.torch import load_file
 
-from trainer_ext.checkpoints import what_is_missing
+from trainer_ext.checkpoints.folders import what_is_missing
 
 SAVING = {"save_strategy": "steps", "save_steps": 3}
 SAME = [

@@ -19,7 +19,7 @@ from forked import launch
 from hosts import Host, two_hosts, why_not
 from tiny_models import tiny_model
 
-from trainer_ext.checkpoints import what_is_missing
+from trainer_ext.checkpoints.folders import what_is_missing
 
 ENGINES = ("ddp", "zero3")
 STEPS, SAVE_STEPS, LOST_AT = 8, 2, 5

@@ -12,7 +12,7 @@ from axolotl_runs import adapter_tensors, layers_of, write_yaml
 from examples import PATHS, engine_of, read, tiny
 from forked import launch
 
-from trainer_ext.checkpoints import CheckpointMark, what_is_missing
+from trainer_ext.checkpoints.folders import CheckpointMark, what_is_missing
 
 # Axolotl asks an accelerator for its memory, and moves the model to it
 ON_CPU = {"max_memory": {"cpu": "20GiB"}, "experimental_skip_move_to_device": True}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from trainer_ext.tuner.trained import mark_trained
+from trainer_ext.tuner.marks import mark_trained
 
 # A row vector, a tensor of less and two of more than 4096 elements, the last with a ragged block.
 SHAPES = ((1, 8), (4, 32), (64, 96), (3, 1500))

@@ -5,6 +5,7 @@ Everything that knows of DeepSpeed or FSDP is in this package; the rest of `trai
 
 from .engines import (
     Engine,
+    bare_model,
     keep_from_broadcast,
     keep_one_dtype_whole,
     keeps_client_optimizer,
@@ -12,6 +13,14 @@ from .engines import (
     refuse_unsupported_engine,
     release_gathered_weights,
     settle_checkpointing,
+)
+from .parts import (
+    Stepped,
+    held_parameter,
+    innermost_optimizer,
+    like_stepped,
+    stepped_parameters,
+    whole_groups,
 )
 from .processes import (
     any_process,
@@ -36,14 +45,6 @@ from .shards import (
     write_neurons,
     write_whole_neurons,
 )
-from .stepped import (
-    Stepped,
-    held_parameter,
-    innermost_optimizer,
-    like_stepped,
-    stepped_parameters,
-    whole_groups,
-)
 
 __all__ = [
     "Block",
@@ -52,6 +53,7 @@ __all__ = [
     "Stepped",
     "any_nonzero",
     "any_process",
+    "bare_model",
     "from_main_process",
     "held_parameter",
     "innermost_optimizer",

@@ -203,3 +203,8 @@ def release_gathered_weights(model: torch.nn.Module, engine: object = None) -> N
     offload = getattr(getattr(engine, "optimizer", None), "parameter_offload", None)
     if offload is not None:  # ZeRO-3
         offload.partition_all_parameters()
+
+
+def bare_model(trainer):
+    """The trainer's model without the wrappers of an engine or of torch.compile."""
+    return trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False)

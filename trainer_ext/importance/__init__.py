@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .base import ImportanceMetric
-from .group_taylor import GroupTaylor
-from .magnitude import Magnitude
-from .quantile_mean import QuantileMean
-from .random_control import RandomControl
-from .taylor import Taylor
-from .wanda import Wanda
-from .zo_taylor import ZoTaylor
+from .metrics.group_taylor import GroupTaylor
+from .metrics.magnitude import Magnitude
+from .metrics.quantile_mean import QuantileMean
+from .metrics.random_control import RandomControl
+from .metrics.taylor import Taylor
+from .metrics.wanda import Wanda
+from .metrics.zo_taylor import ZoTaylor
 
 METRIC_CLASSES: dict[str, type[ImportanceMetric]] = {
     "magnitude": Magnitude,

@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import nn
 
-from ..class_column import RowClasses
-from ..config import SpftConfig
+from ..config.spft_config import SpftConfig
 from ..distributed import sum_over_processes
 from ..tuner.layer import SpftLinear
+from .class_column import RowClasses
 
 # Runs the loss of one optimizer step's data on this process, with True also its backward; returns
 # the loss, whose mean over the processes is the loss of the global batch.

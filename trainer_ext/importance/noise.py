@@ -1,19 +1,13 @@
-"""Random numbers that are a function of what they are for, so that nobody has to store them."""
+"""Noise of a weight that is a function of what it is for, so that nobody has to store it."""
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
+
+from ..seeding import generator_for
 
 # Elements that one generator fills: few enough to bound memory, many enough to keep a GPU busy.
 CHUNK_ELEMENTS = 2**22
-
-
-def generator_for(*key: object, device: torch.device | str = "cpu") -> torch.Generator:
-    """A random generator seeded by the parts of `key` alone (as strings)."""
-    digest = hashlib.sha256(":".join(map(str, key)).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def chunk_rows(columns: int) -> int:

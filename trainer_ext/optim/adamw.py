@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..errors import SpftError
-from ..tuner.trained import is_marked
+from ..tuner.marks import is_marked
 from .block_8bit import MIN_ELEMENTS, new_moments, update_8bit_
 from .hyperparameters import TORCH_KEYS, check_hyperparameters
 from .kernels import HALF, update_full_, update_half_

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..distributed import keeps_client_optimizer
 from ..errors import SpftError
-from ..tuner.trained import trained_parameters
+from ..tuner.marks import trained_parameters
 from .adamw import SelectedNeuronAdamW
 
 logger = logging.getLogger(__name__)

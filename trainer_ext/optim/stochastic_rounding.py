@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..importance.noise import generator_for
+from ..seeding import generator_for
 
 # The mantissa bits that fp32 has and bf16 has not.
 DROPPED_BITS = 16

@@ -6,11 +6,11 @@ import logging
 
 from torch import nn
 
-from ..allocation import allocate
-from ..config import PATTERNS
-from ..config_checks import matches_layer
+from ..config.checks import matches_layer
+from ..config.spft_config import PATTERNS
 from ..errors import SpftError
-from ..scores import ImportanceScores
+from ..ranking.allocation import allocate
+from ..ranking.scores import ImportanceScores
 from .targets import targeted_shapes
 
 logger = logging.getLogger(__name__)

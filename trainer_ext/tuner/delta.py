@@ -11,7 +11,7 @@ from .functional import (
     overwrite_selected_outputs,
     replace_selected_outputs,
 )
-from .trained import mark_trained
+from .marks import mark_trained
 
 
 class NeuronDelta(nn.Module):

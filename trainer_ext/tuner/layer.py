@@ -18,7 +18,7 @@ from .base_layers import (
 )
 from .delta import NeuronDelta
 from .functional import overwrite_selected_outputs, track_selected_outputs
-from .written_rows import (
+from .write_through import (
     WrittenRows,
     follow_steps,
     is_stepped,

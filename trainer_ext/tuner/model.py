@@ -5,17 +5,18 @@ from __future__ import annotations
 import logging
 from contextlib import contextmanager
 
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from ..config.peft_type import add_peft_type
 from ..errors import SpftError
-from ..peft_type import add_peft_type
 from ..versions import check_versions
-from .anchors import forget_anchor, prepare_anchors, settle_anchor, take_over_start
 from .base_layers import is_linear
 from .budgets import settle_budgets
 from .delta import NeuronDelta
 from .layer import SpftLinear
+from .start_rows import forget_anchor, prepare_anchors, settle_anchor, take_over_start
 from .targets import (
     default_target_modules,
     name_in_base_model,
@@ -24,7 +25,7 @@ from .targets import (
     targeted_layers,
     warn_of_untrained,
 )
-from .written_rows import note_lone_weights, rewrite
+from .write_through import note_lone_weights, rewrite
 
 logger = logging.getLogger(__name__)
 
@@ -157,6 +158,27 @@ def adapter_config(model: nn.Module, adapter_name: str = "default"):
             "peft.get_peft_model(model, SpftConfig(...))"
         )
     return config
+
+
+def active_spft_adapter(model) -> str:
+    """Name of the SPFT adapter that is active in a PEFT model.
+
+    Raises:
+        SpftError: there is none, or more than one.
+    """
+    spft = add_peft_type("SPFT")
+    active = (
+        [name for name in model.active_adapters if model.peft_config[name].peft_type == spft]
+        if isinstance(model, PeftModel)
+        else []
+    )
+    if len(active) != 1:
+        raise SpftError(
+            f"{type(model).__name__} has {len(active)} active SPFT adapters; training needs "
+            "exactly one: pass spft_config to SpftTrainer, or wrap the model with "
+            "peft.get_peft_model(model, SpftConfig(...))"
+        )
+    return active[0]
 
 
 def deltas(model: nn.Module, adapter_name: str = "default") -> dict[str, NeuronDelta]:

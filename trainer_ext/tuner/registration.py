@@ -5,8 +5,8 @@ from __future__ import annotations
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from ..config import SpftConfig
-from ..peft_type import add_peft_type
+from ..config.peft_type import add_peft_type
+from ..config.spft_config import SpftConfig
 from .model import SpftModel
 
 

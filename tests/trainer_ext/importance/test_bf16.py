@@ -10,8 +10,8 @@ from adapters import wrapped
 from calibrations import measured
 from tiny_models import batch
 
-from trainer_ext.class_column import CLASS_KEY
-from trainer_ext.selection import top_neurons
+from trainer_ext.importance.class_column import CLASS_KEY
+from trainer_ext.ranking.selection import top_neurons
 
 R = 8
 

@@ -12,7 +12,7 @@ from oracles import group_taylor, quantile_mean
 from tiny_models import CONFIGS, batch, packed_batch, tiny_model
 
 from trainer_ext import SpftError, measure_importance
-from trainer_ext.class_column import CLASS_KEY
+from trainer_ext.importance.class_column import CLASS_KEY
 
 BATCHES = [batch(seed, rows=4) for seed in range(3)]
 CLASSES = [[0, 2, 1, 0], [2, 2, 5, 1], [0, 1, 1, 1]]

@@ -15,7 +15,7 @@ from peft import get_peft_model
 from tiny_models import CONFIGS, few_tokens, tiny_model, wide_model
 
 from trainer_ext import SpftConfig, SpftError, measure_importance
-from trainer_ext.importance import taylor as taylor_module
+from trainer_ext.importance.metrics import taylor as taylor_module
 from trainer_ext.tuner.model import spft_layers
 
 

@@ -15,11 +15,11 @@ from oracles import explicit_noise, rounding_of_zo_taylor, zo_taylor
 from tiny_models import CONFIGS, batch, tiny_model
 
 from trainer_ext import measure_importance
-from trainer_ext.calibration_mode import calibration_mode
+from trainer_ext.calibration.mode import calibration_mode
 from trainer_ext.importance import noise as noise_module
-from trainer_ext.importance import zo_taylor as zo_module
+from trainer_ext.importance.metrics import zo_taylor as zo_module
+from trainer_ext.importance.metrics.zo_taylor import NOISY_RANKING, ZoTaylor
 from trainer_ext.importance.noise import weight_noise
-from trainer_ext.importance.zo_taylor import NOISY_RANKING, ZoTaylor
 from trainer_ext.tuner.model import spft_layers
 
 BATCHES = [batch(seed) for seed in range(3)]

@@ -11,7 +11,7 @@ from optimizers import compact, drive, set_gradients, state_of
 
 from trainer_ext import SelectedNeuronAdamW
 from trainer_ext.optim import pieces
-from trainer_ext.report import optimizer_state_bytes
+from trainer_ext.report.figures import optimizer_state_bytes
 
 # fp32 copies of parameter and gradient at first; then the parameter's, int32 draws, and a mask and
 # bf16 nothing: 4 + 4 + 1. The larger is 9; counters and scalars are a few hundred bytes.

@@ -23,7 +23,7 @@ from trainer_ext.optim.stochastic_rounding import (
     round_stochastically_,
     write_back_,
 )
-from trainer_ext.tuner.trained import mark_trained
+from trainer_ext.tuner.marks import mark_trained
 
 DRAWS = 2**16
 

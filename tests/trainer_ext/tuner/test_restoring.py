@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from written import base_weights, gradients, is_base, logits, originals, step_once, training
 
 from trainer_ext import restore_base, write_through
-from trainer_ext.tuner import written_rows
+from trainer_ext.tuner import write_through as written_rows
 from trainer_ext.tuner.model import deltas, spft_layers
 
 

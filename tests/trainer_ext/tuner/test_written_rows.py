@@ -28,7 +28,7 @@ from trainer_ext import (
     trained_parameters,
     write_through,
 )
-from trainer_ext.tuner import written_rows
+from trainer_ext.tuner import write_through as written_rows
 from trainer_ext.tuner.model import deltas, spft_layers
 
 

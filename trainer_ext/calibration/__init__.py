@@ -1,0 +1,1 @@
+"""Runs batches through a model and feeds an importance metric."""

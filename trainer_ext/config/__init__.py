@@ -1,0 +1,1 @@
+"""SpftConfig: the fields of an adapter, and the checks of their values."""

@@ -1,0 +1,1 @@
+"""Turns a trained adapter into weights that need no adapter."""

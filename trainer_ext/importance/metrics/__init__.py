@@ -1,0 +1,1 @@
+"""Importance metrics, one file a family."""

@@ -1,0 +1,1 @@
+"""From scores to neurons: ranks, budgets and their agreement. No model is needed here."""

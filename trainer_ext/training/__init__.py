@@ -1,0 +1,1 @@
+"""The callback that carries a run, and the trainers that attach it."""
