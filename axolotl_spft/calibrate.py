@@ -86,8 +86,10 @@ class _Calibrated(BaseException):
 class _CalibrateAndStop(SPFTCallback):
     @classmethod
     def attach(cls, trainer, cfg) -> None:
+        super().attach(trainer, cfg)
         # First in line: trackers (Weights & Biases and others) open a run when training begins.
-        trainer.callback_handler.callbacks.insert(0, cls(trainer, cfg))
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())
 
     def on_train_begin(self, *args, **kwargs) -> None:
         with in_yaml_words(self._cfg):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 
 import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
@@ -11,7 +12,7 @@ from axolotl.utils.dict import DictDefault
 from peft import PeftModel, get_peft_model
 from tqdm import tqdm
 
-from trainer_ext import SpftCallback, SpftError
+from trainer_ext import SpftCallback, SpftError, prepare_trainer
 from trainer_ext.errors import in_plain_words
 from trainer_ext.tuner.model import default_task_type
 from trainer_ext.versions import check_versions
@@ -46,7 +47,7 @@ class SPFTCallback(SpftCallback):
     @classmethod
     def attach(cls, trainer, cfg) -> None:
         """Let it take part in the training."""
-        trainer.add_callback(cls(trainer, cfg))
+        prepare_trainer(trainer, partial(cls, cfg=cfg))
 
     def on_train_begin(self, *args, **kwargs) -> None:
         with in_yaml_words(self._cfg):

@@ -16,7 +16,7 @@ with imports_explained():
     from .ranking.scores import ImportanceScores
     from .ranking.selection import NeuronSelection
     from .training.callback import SpftCallback
-    from .training.trainers import SpftTrainer, SpftTrainerMixin
+    from .training.trainers import SpftTrainer, SpftTrainerMixin, prepare_trainer
     from .tuner.layer import SpftLinear
     from .tuner.marks import trained_parameters
     from .tuner.model import SpftModel, restore_base, write_through
@@ -40,6 +40,7 @@ __all__ = [
     "current_selection",
     "measure_importance",
     "merge_checkpoint",
+    "prepare_trainer",
     "restore_base",
     "select_by_scores",
     "select_neurons",

@@ -25,6 +25,11 @@ _ELSE = "or use another `importance` (group_taylor)"
 _PACKING = ("sample_packing", "packing", "padding_free")
 
 
+def calibrates_by_class(config) -> bool:
+    """Whether a calibration by an SpftConfig needs the class of every row."""
+    return config.importance == "quantile_mean" and not config.importance_file
+
+
 def add_class_column(trainer, field: str) -> None:
     """Let a trainer's batches carry the class of every row under `CLASS_KEY`.
 

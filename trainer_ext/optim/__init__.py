@@ -2,11 +2,11 @@
 
 from .adamw import SelectedNeuronAdamW
 from .adamw_reference import SelectedNeuronAdamWReference
-from .choice import selected_neuron_optimizer, use_selected_neuron_optimizer
+from .choice import SelectedNeuronOptimizerMixin, selected_neuron_optimizer
 
 __all__ = [
     "SelectedNeuronAdamW",
     "SelectedNeuronAdamWReference",
+    "SelectedNeuronOptimizerMixin",
     "selected_neuron_optimizer",
-    "use_selected_neuron_optimizer",
 ]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from ..distributed import keeps_client_optimizer
 from ..errors import SpftError
@@ -100,37 +99,31 @@ def _read_options(text: str | None) -> dict[str, Any]:
     return options
 
 
-def use_selected_neuron_optimizer(trainer: Trainer) -> None:
-    """Let a trainer train by SelectedNeuronAdamW where its arguments name an AdamW of its kinds.
+class SelectedNeuronOptimizerMixin:
+    """Lets a class of trainers train by SelectedNeuronAdamW; put it before the trainer's class.
 
-    Takes effect when the trainer makes its optimizer, so with the model that it has then
-    (model_init makes another), and with the trainer's own parameter groups. A trainer that was
-    given an optimizer, or the class of one, keeps it; and where the DeepSpeed configuration asks
-    for DeepSpeed's own (an `optimizer` block, `zero_force_ds_cpu_optimizer: true`), it is that.
+    It does so where the trainer's arguments name an AdamW of its kinds, with the trainer's own
+    parameter groups. A trainer that was given an optimizer, or the class of one, keeps it. Where
+    the DeepSpeed configuration asks for DeepSpeed's own optimizer (an `optimizer` block, or
+    `zero_force_ds_cpu_optimizer: true`), it is that one.
     """
-    # transformers and Axolotl ask this method for the class; its place in the instance suits both.
-    named = trainer.get_optimizer_cls_and_kwargs
-    trainer.get_optimizer_cls_and_kwargs = functools.partial(_class_and_kwargs, trainer, named)
 
-
-def _class_and_kwargs(
-    trainer: Trainer, named: Callable, args: TrainingArguments, model=None
-) -> tuple[Any, Any]:
-    """What `Trainer.get_optimizer_cls_and_kwargs` returns; `named` is the trainer's own."""
-    choice = selected_neuron_optimizer(args)
-    if choice is None or model is None or not keeps_client_optimizer(trainer):
-        return named(args, model)
-    trained = set(map(id, trained_parameters(model)))  # marks them, too
-    others = [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and id(parameter) not in trained
-    ]
-    if others:
-        logger.warning(
-            "%s is trained but is no parameter of SPFT, so the optimizer is transformers' own",
-            others[0],
-        )
-    if others or not trained:
-        return named(args, model)
-    return choice
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model=None) -> tuple[Any, Any]:
+        """As the trainer's, which transformers and Axolotl ask for the class."""
+        choice = selected_neuron_optimizer(args)
+        if choice is None or model is None or not keeps_client_optimizer(self):
+            return super().get_optimizer_cls_and_kwargs(args, model)
+        trained = set(map(id, trained_parameters(model)))  # marks them, too
+        others = [
+            name
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in trained
+        ]
+        if others:
+            logger.warning(
+                "%s is trained but is no parameter of SPFT, so the optimizer is transformers' own",
+                others[0],
+            )
+        if others or not trained:
+            return super().get_optimizer_cls_and_kwargs(args, model)
+        return choice

@@ -31,7 +31,7 @@ _SHARE_OF_TIMEOUT = 0.9
 class RunGuard(TrainerCallback):
     """Compares the processes of a run and watches over them; does nothing with one process.
 
-    It is attached before the callback that carries the run, so it is called first.
+    A trainer gets it before the callback that carries the run, so it is called first.
 
     Attributes:
         hang_after: seconds without any progress; default 0.9 of the trainer's ddp_timeout.
@@ -48,12 +48,6 @@ class RunGuard(TrainerCallback):
         self._trainer = trainer
         self._watchdog: Watchdog | None = None
         self._checked_step = -1
-
-    @classmethod
-    def attach(cls, trainer: Trainer) -> RunGuard:
-        guard = cls(trainer)
-        trainer.add_callback(guard)
-        return guard
 
     # What must agree
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from transformers import Trainer, TrainerCallback
 from ..calibration.batches import first_batches, may_be_one_shot, untouched
 from ..calibration.fingerprints import DataFingerprint
 from ..calibration.run import load_scores, measure_importance, select_by_scores
-from ..checkpoints.keeper import CheckpointKeeper
 from ..config.spft_config import SpftConfig
 from ..distributed import (
     Engine,
@@ -27,20 +27,18 @@ from ..distributed import (
 )
 from ..errors import SpftError, in_plain_words
 from ..importance import METRIC_CLASSES
-from ..importance.class_column import add_class_column, hide_classes
-from ..optim import use_selected_neuron_optimizer
+from ..importance.class_column import calibrates_by_class, hide_classes
 from ..ranking.scores import ImportanceScores
 from ..report.figures import RunFigures, optimizer_state_bytes, write_report
-from ..run_guard.guard import RunGuard
 from ..tuner.model import (
     active_spft_adapter,
     deltas,
     is_selected,
     layer_sizes,
     restore_base,
-    spft_layers,
     write_through,
 )
+from .methods import TrainerMethods, give_methods
 
 logger = logging.getLogger(__name__)
 
@@ -54,9 +52,8 @@ class SpftCallback(TrainerCallback):
     Meanwhile the base weights may hold the update (`SpftConfig.forward`); in the end they are as
     they were.
 
-    Works with any `transformers.Trainer` whose model is a PEFT model with an SPFT adapter:
-    `trainer.add_callback(SpftCallback(trainer))`. Selection happens once the engine is fully
-    prepared and only in a fresh adapter; a resumed or continued one keeps its neurons.
+    `prepare_trainer` adds it to a trainer. Selection happens once the engine is fully prepared and
+    only in a fresh adapter; a resumed or continued one keeps its neurons.
 
     Attributes:
         logger: takes the progress messages; front ends whose users see only their own may set it.
@@ -65,38 +62,33 @@ class SpftCallback(TrainerCallback):
     logger = logger
 
     def __init__(self, trainer: Trainer) -> None:
+        if not isinstance(trainer, TrainerMethods):
+            warnings.warn(
+                "trainer.add_callback(SpftCallback(trainer)) will stop working; call "
+                "trainer_ext.prepare_trainer(trainer) instead",
+                FutureWarning,
+                stacklevel=2,
+            )
+            give_methods(trainer)
         self.trainer = trainer
         self.scores: ImportanceScores | None = None
         self._step_seconds: list[float] = []
         self._step_started: float | None = None
-        self._class_mistake: SpftError | None = None
-        _keep_deltas_wide(trainer)
-        self._reference_came_early = _has_precomputed_too_early(trainer)
-        self._let_batches_carry_classes()
-        self._guard = RunGuard.attach(trainer)
-        use_selected_neuron_optimizer(trainer)
-        CheckpointKeeper(trainer)
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()
-        if self._reference_came_early:
-            raise SpftError(
-                "precompute_ref_log_probs is set, but over a quantised base the reference has the "
-                "original rows of neurons that were not selected yet; drop it, or set `quant_init` "
-                "to 'none'"
-            )
         if not any(d.held_weight.requires_grad for d in deltas(model, adapter_name).values()):
             raise SpftError(
                 f"adapter {adapter_name!r} is frozen, as PeftModel.from_pretrained loads it; give "
                 "that is_trainable=True"
             )
         self._step_seconds.clear()
-        self._guard.check_processes_agree(model, adapter_name)
+        self.trainer.run_guard.check_processes_agree(model, adapter_name)
         if not is_selected(model, adapter_name):
             self._select(model, adapter_name, args)
         elif self.scores is None:  # else train() was called again, or retried
             self.scores = self._scores_of_this_run(model, adapter_name)
-        self._guard.check_same_neurons(model, adapter_name)
+        self.trainer.run_guard.check_same_neurons(model, adapter_name)
         self.logger.info(
             "SPFT writes through in %d of %d layers",
             write_through(model, adapter_name),
@@ -169,28 +161,9 @@ class SpftCallback(TrainerCallback):
         note_trained_parameters(model)
         keep_one_dtype_whole(self.trainer.model_wrapped)
         adapter_name = active_spft_adapter(model)
-        if _calibrates_by_class(model.peft_config[adapter_name]):
+        if calibrates_by_class(model.peft_config[adapter_name]):
             hide_classes(model)  # model_init may have made another model
-            if self._class_mistake and not is_selected(model, adapter_name):
-                raise self._class_mistake
         return model, adapter_name
-
-    def _let_batches_carry_classes(self) -> None:
-        """Must be done before training, since `on_train_begin` comes after the data loader.
-
-        A mistake is told when training begins: evaluation needs no classes.
-        """
-        try:
-            adapter_name = active_spft_adapter(self.trainer.model)
-        except SpftError:
-            return  # on_train_begin says so
-        config = self.trainer.model.peft_config[adapter_name]
-        if _calibrates_by_class(config) and not is_selected(self.trainer.model, adapter_name):
-            hide_classes(self.trainer.model)
-            try:
-                add_class_column(self.trainer, config.class_field)
-            except SpftError as error:
-                self._class_mistake = error
 
     def _calibrate(self, model, adapter_name: str, config: SpftConfig) -> ImportanceScores:
         if not METRIC_CLASSES[config.importance].needs_data:
@@ -209,7 +182,7 @@ class SpftCallback(TrainerCallback):
             disable=trainer.args.disable_tqdm or not trainer.is_local_process_zero(),
         )
         with bar, untouched(trainer):
-            batches = self._guard.noting(data.noting(first_batches(trainer, count)))
+            batches = self.trainer.run_guard.noting(data.noting(first_batches(trainer, count)))
             batches = (batch.prepared() for batch in batches)
             scores = measure_importance(model, batches, adapter_name, on_batch=bar.update)
         release_gathered_weights(model, engine=trainer.model_wrapped)
@@ -258,30 +231,3 @@ class SpftCallback(TrainerCallback):
         except SpftError as error:
             logger.warning("the report will lack the importance scores: %s", error)
             return None
-
-
-def _keep_deltas_wide(trainer: Trainer) -> None:
-    """Over a quantised base TRL makes what is trained bf16; deltas are fp32 there as elsewhere."""
-    try:
-        layers = spft_layers(trainer.model, active_spft_adapter(trainer.model)).values()
-    except SpftError:
-        return  # on_train_begin says so
-    for layer in layers:
-        if not layer.has_dense_weight:
-            weight = layer.spft_delta[layer.active_adapters[0]].weight
-            weight.data = weight.data.float()
-
-
-def _has_precomputed_too_early(trainer: Trainer) -> bool:
-    """Whether TRL has computed a reference that lacks rows which training will start from."""
-    if not getattr(trainer, "precompute_ref_logps", False):
-        return False
-    model = trainer.model
-    adapter_name = active_spft_adapter(model)
-    return model.peft_config[adapter_name].anchor == "checkpoint" and not is_selected(
-        model, adapter_name
-    )
-
-
-def _calibrates_by_class(config: SpftConfig) -> bool:
-    return config.importance == "quantile_mean" and not config.importance_file

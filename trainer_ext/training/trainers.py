@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -13,9 +14,32 @@ from ..errors import SpftError
 from ..tuner.marks import trained_parameters
 from ..tuner.model import default_task_type
 from .callback import SpftCallback
+from .methods import TrainerMethods, give_methods
 
 
-class SpftTrainerMixin:
+def prepare_trainer(
+    trainer: Trainer, make_callback: Callable[[Trainer], SpftCallback] = SpftCallback
+) -> SpftCallback:
+    """Let a trainer of any class train the selected neurons of its model.
+
+    Its model is a PEFT model with an SPFT adapter. The trainer's saving, resuming and choice of an
+    optimizer become SPFT's, and a callback selects the neurons when training begins.
+
+    Args:
+        trainer: any `transformers.Trainer`; changed in place. Its class becomes a subclass of what
+            it was.
+        make_callback: makes the callback.
+
+    Returns:
+        the callback, which has the scores after training has begun.
+    """
+    give_methods(trainer)
+    callback = make_callback(trainer)
+    trainer.add_callback(callback)
+    return callback
+
+
+class SpftTrainerMixin(TrainerMethods):
     """Makes any `transformers.Trainer` subclass, TRL's among them, train by SPFT; put it first.
 
     One rule: a trainer that takes `peft_config` gets `spft_config` as that and wraps the model
@@ -56,7 +80,7 @@ class SpftTrainerMixin:
                 "model with delta off, so leave ref_model out and pass spft_config, or a PEFT "
                 "model with an SPFT adapter"
             )
-        self.add_callback(SpftCallback(self))
+        prepare_trainer(self)
 
 
 def _takes_peft_config(kind: type) -> bool:
