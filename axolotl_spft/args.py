@@ -1,10 +1,15 @@
-"""The YAML keys of the plugin, and the SpftConfig that a YAML asks for."""
+"""The YAML keys of the plugin, and the SpftConfig that a YAML asks for.
+
+Every key is a field of SpftConfig: its type, default and help stand there alone.
+"""
 
 from __future__ import annotations
 
 import difflib
 import logging
+import types
 from contextlib import contextmanager
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import (
     BaseModel,
@@ -14,14 +19,28 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
+    create_model,
 )
 
 from trainer_ext import SpftConfig, SpftError
-from trainer_ext.config.spft_config import METRICS
+from trainer_ext.config.spft_config import default_in_words, own_options
+from trainer_ext.errors import in_plain_words
 from trainer_ext.tuner.targets import default_target_modules
 
 logger = logging.getLogger(__name__)
 
+# Fields that Axolotl has keys of its own for.
+_AXOLOTLS = {
+    "layers_to_transform": "peft_layers_to_transform",
+    "layers_pattern": "peft_layers_pattern",
+    "modules_to_save": "lora_modules_to_save",
+    "start_adapter": "lora_model_dir",
+}
+_FILLED_IN = ("allocated", "anchor")
+# The fields that are keys.
+OPTIONS = [o for o in own_options() if o.name not in (*_AXOLOTLS, *_FILLED_IN)]
+# Fields of SpftConfig -> what the YAML calls them.
+YAML_NAMES = {option.name: f"spft_{option.name}" for option in OPTIONS}
 # LoRA keys that keep a meaning under SPFT; the others get one warning.
 _USED_LORA_KEYS = {
     "lora_model_dir",
@@ -30,130 +49,52 @@ _USED_LORA_KEYS = {
     "lora_target_linear",
     "lora_target_modules",
 }
+_STRICT = {int: StrictInt, float: StrictFloat | StrictInt, str: StrictStr, bool: StrictBool}
 
 
-# Keys whose value is the SpftConfig field of the same name, as it stands.
-_PASSED_ON = (
-    "importance",
-    "calibration_batches",
-    "importance_file",
-    "class_field",
-    "zo_eps",
-    "zo_directions",
-    "accumulator_memory",
-    "accumulator_offload",
-    "stability",
-    "allocation",
-    "allocation_floor",
-    "allocation_ceiling",
-    "r_pattern",
-    "density_pattern",
-    "axis",
-    "forward",
-    "quant_init",
-    "seed",
+def _strict(kind: Any) -> Any:
+    """A field's type without pydantic's conversions, such as of "8" to 8."""
+    if get_origin(kind) in (Union, types.UnionType):
+        return Union[tuple(map(_strict, get_args(kind)))]  # noqa: UP007 (of a tuple)
+    if get_origin(kind):
+        return get_origin(kind)[tuple(map(_strict, get_args(kind)))]
+    return _STRICT.get(kind, kind)
+
+
+def default_of(option) -> str:
+    """The default of a key in words."""
+    if option.name == "r":
+        return f"2 x lora_r if given, else {default_in_words(option)}"
+    return default_in_words(option)
+
+
+def description_of(option) -> str:
+    """The help of a field, in the YAML's words."""
+    return in_plain_words(option.metadata["help"], YAML_NAMES)
+
+
+def _field(option) -> Any:
+    default = default_of(option)
+    text = f"{description_of(option)}. Default: {default}." if default else description_of(option)
+    return Field(default=None, description=text)
+
+
+_types = get_type_hints(SpftConfig)
+# Types are strict field by field: a strict model would spread to Axolotl's own keys, since Axolotl
+# merges this class into its configuration class.
+SPFTArgs = create_model(
+    "SPFTArgs",
+    __base__=BaseModel,
+    __module__=__name__,
+    __doc__="Keys that `axolotl_spft.SPFTPlugin` adds to Axolotl's configuration.",
+    **{
+        YAML_NAMES[option.name]: (_strict(_types[option.name]) | None, _field(option))
+        for option in OPTIONS
+    },
 )
 
 
-class SPFTArgs(BaseModel):
-    """Keys that `axolotl_spft.SPFTPlugin` adds to Axolotl's configuration.
-
-    Types are strict field by field: a strict model configuration would spread to Axolotl's own
-    keys, since Axolotl merges this class into its configuration class.
-    """
-
-    spft_r: StrictInt | None = Field(
-        default=None,
-        description="Neurons to train in each layer. Default: 2 x lora_r if the YAML has one "
-        "(about equally many trainable parameters), else 64.",
-    )
-    spft_density: StrictFloat | StrictInt | None = Field(
-        default=None,
-        description="Share of each layer's neurons to train, in (0, 1], instead of spft_r.",
-    )
-    spft_importance: StrictStr | None = Field(
-        default=None,
-        description=f"Importance metric: {', '.join(METRICS)}. Default: group_taylor.",
-    )
-    spft_calibration_batches: StrictInt | None = Field(
-        default=None,
-        description="Optimizer steps' worth of data that the metric is averaged over. Default: 8.",
-    )
-    spft_importance_file: StrictStr | None = Field(
-        default=None,
-        description="Scores of an earlier run (spft_importance.safetensors) to select by.",
-    )
-    spft_class_field: StrictStr | None = Field(
-        default=None, description="Dataset column that holds the classes of quantile_mean."
-    )
-    spft_zo_eps: StrictFloat | StrictInt | None = Field(
-        default=None, description="Size of zo_taylor's perturbations. Default: 0.001."
-    )
-    spft_zo_directions: StrictInt | None = Field(
-        default=None, description="Random directions of zo_taylor for each batch. Default: 5."
-    )
-    spft_accumulator_memory: StrictFloat | StrictInt | None = Field(
-        default=None,
-        description="Memory for taylor's accumulators on each process, in GiB; what does not fit "
-        "takes further passes. Default: no limit, one pass.",
-    )
-    spft_accumulator_offload: StrictBool | None = Field(
-        default=None, description="Keep taylor's accumulators in CPU memory. Default: false."
-    )
-    spft_stability: StrictBool | None = Field(
-        default=None,
-        description="Report how far two halves of the calibration data agree. Default: true.",
-    )
-    spft_allocation: StrictStr | None = Field(
-        default=None,
-        description="uniform, or global: one budget of parameters spread over the layers by the "
-        "scores in spft_importance_file. Default: uniform.",
-    )
-    spft_allocation_floor: StrictFloat | StrictInt | None = Field(
-        default=None,
-        description="Least share of its uniform number that global leaves a layer. Default: 0.25.",
-    )
-    spft_allocation_ceiling: StrictFloat | StrictInt | None = Field(
-        default=None,
-        description="Largest multiple of its uniform number that global gives. Default: 4.",
-    )
-    spft_r_pattern: dict[StrictStr, StrictInt] | None = Field(
-        default=None, description="Neurons of single layers: name or pattern -> number."
-    )
-    spft_density_pattern: dict[StrictStr, StrictFloat | StrictInt] | None = Field(
-        default=None, description="As spft_r_pattern, with shares of the layer's neurons."
-    )
-    spft_axis: StrictStr | None = Field(
-        default=None, description="What a neuron is: rows (output neurons). Default: rows."
-    )
-    spft_forward: StrictStr | None = Field(
-        default=None,
-        description="auto, delta (adds the update's outputs), or write_through (the base weight's "
-        "selected rows hold the update; needs whole weights). Default: auto.",
-    )
-    spft_quant_init: StrictStr | None = Field(
-        default=None,
-        description="How the trained neurons of a 4- or 8-bit base start: exact (from the original "
-        "rows in the checkpoint) or none (from the quantised ones). Default: exact.",
-    )
-    spft_target_modules: list[StrictStr] | StrictStr | None = Field(
-        default=None,
-        description="Layers to train: names or a regular expression. Default: every linear layer "
-        "of the language model but the head.",
-    )
-    spft_exclude_modules: list[StrictStr] | StrictStr | None = Field(
-        default=None, description="Layers to leave out: names or a regular expression."
-    )
-    spft_seed: StrictInt | None = Field(
-        default=None, description="Seed of random scores and of zo_taylor's noise. Default: 42."
-    )
-
-
-# Fields of SpftConfig -> what the YAML calls them.
-_YAML_NAMES = {key.removeprefix("spft_"): key for key in SPFTArgs.model_fields}
-
-
-def read_args(cfg: dict) -> SPFTArgs:
+def read_args(cfg: dict) -> BaseModel:
     """The plugin's keys of a raw YAML, checked.
 
     Raises:
@@ -179,7 +120,7 @@ def read_args(cfg: dict) -> SPFTArgs:
     try:
         SpftConfig(**{key.removeprefix("spft_"): value for key, value in values.items()})
     except SpftError as error:
-        raise error.renamed(_YAML_NAMES) from None
+        raise error.renamed(YAML_NAMES) from None
     if args.spft_target_modules in ([], ""):
         raise SpftError(
             f"spft_target_modules is {args.spft_target_modules!r}; name layers, or drop the key to "
@@ -207,23 +148,15 @@ def spft_config(cfg, model) -> SpftConfig:
     Raises:
         SpftError: see `SpftConfig`.
     """
-    r = cfg.spft_r
-    if r is None and cfg.spft_density is None and cfg.lora_r:
-        r = 2 * cfg.lora_r
-    given = {name: cfg[f"spft_{name}"] for name in _PASSED_ON}
-    named = cfg.spft_target_modules or cfg.lora_target_modules or None
-    config = SpftConfig(
-        r=r,
-        density=cfg.spft_density,
-        target_modules=_plain(named) if named else None,
-        exclude_modules=cfg.spft_exclude_modules or None,
-        modules_to_save=list(cfg.lora_modules_to_save) if cfg.lora_modules_to_save else None,
-        layers_to_transform=cfg.peft_layers_to_transform or None,
-        layers_pattern=cfg.peft_layers_pattern or None,
-        **{name: value for name, value in given.items() if value is not None},
-    )
-    if cfg.lora_target_linear and named and not cfg.spft_target_modules:
-        named = [named] if isinstance(named, str) else list(named)
+    given = _given(cfg, [*YAML_NAMES, *(name for name in _AXOLOTLS if name != "start_adapter")])
+    if not given.keys() & {"r", "density"} and cfg.lora_r:
+        given["r"] = 2 * cfg.lora_r
+    by_lora = "target_modules" not in given and cfg.lora_target_modules
+    if by_lora:
+        given["target_modules"] = _plain(cfg.lora_target_modules)
+    config = SpftConfig(**given)
+    if by_lora and cfg.lora_target_linear:
+        named = [by_lora] if isinstance(by_lora, str) else list(by_lora)
         config.target_modules = default_target_modules(model, config) + named
     return config
 
@@ -233,15 +166,19 @@ def start_config(cfg) -> SpftConfig:
 
     That adapter brings its own neurons and their number.
     """
-    given = {name: cfg[f"spft_{name}"] for name in ("forward", "quant_init")}
-    given = {name: value for name, value in given.items() if value is not None}
-    return SpftConfig(start_adapter=cfg.lora_model_dir, **given)
+    return SpftConfig(**_given(cfg, ["start_adapter", "forward", "quant_init"]))
+
+
+def _given(cfg, names) -> dict[str, Any]:
+    """The named fields that a configuration sets; an empty list or text sets nothing."""
+    keys = YAML_NAMES | _AXOLOTLS
+    values = {name: cfg[keys[name]] for name in names}
+    return {name: _plain(value) for name, value in values.items() if value not in (None, "", [])}
 
 
 def yaml_names(cfg) -> dict[str, str]:
     """Fields of SpftConfig -> the YAML's keys that set them."""
-    names = _YAML_NAMES | {"layers_to_transform": "peft_layers_to_transform"}
-    names |= {"layers_pattern": "peft_layers_pattern", "start_adapter": "lora_model_dir"}
+    names = YAML_NAMES | _AXOLOTLS
     if cfg.lora_target_modules and not cfg.spft_target_modules:
         names["target_modules"] = "lora_target_modules"
     if cfg.lora_r and cfg.spft_r is None and cfg.spft_density is None:
@@ -258,5 +195,6 @@ def in_yaml_words(cfg):
         raise error.renamed(yaml_names(cfg)) from None
 
 
-def _plain(value) -> list[str] | str:
-    return value if isinstance(value, str) else list(value)
+def _plain(value):
+    """A list of Axolotl's own kind as a plain one."""
+    return list(value) if isinstance(value, list) else value

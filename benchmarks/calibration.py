@@ -38,7 +38,8 @@ from workload import Workload
 
 from trainer_ext import SpftConfig, SpftError
 from trainer_ext.calibration.mode import calibration_mode
-from trainer_ext.importance import METRIC_CLASSES
+from trainer_ext.config.registry import METRICS
+from trainer_ext.importance.base import CalibrationBatch
 from trainer_ext.importance.class_column import CLASS_KEY, RowClasses
 from trainer_ext.importance.noise import chunk_rows
 from trainer_ext.tuner.model import spft_layers
@@ -141,7 +142,7 @@ class Noise(Row):
         super().__init__(subject)
         self.times = times
         self.note = f"x {times}"
-        self.metric = METRIC_CLASSES["zo_taylor"](
+        self.metric = METRICS["zo_taylor"](
             subject.layers, subject.config("zo_taylor"), subject.model
         )
 
@@ -171,7 +172,7 @@ class Metric(Row):
         super().__init__(subject)
         self.parts, self.note = parts, note
         config = subject.config(importance, **changes)
-        self.metric = METRIC_CLASSES[importance](subject.layers, config, subject.model)
+        self.metric = METRICS[importance](subject.layers, config, subject.model)
         self.per_batch = self.metric.needs_data
         with_classes = importance == "quantile_mean"
         self._run_batch = subject.run_batch_of_classes if with_classes else subject.run_batch
@@ -188,7 +189,7 @@ class Metric(Row):
             yield
 
     def step(self):
-        self.metric.observe(self._run_batch)
+        self.metric.observe(CalibrationBatch(self._run_batch))
 
     def end(self) -> None:
         """What comes once, after the last batch."""

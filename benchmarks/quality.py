@@ -185,19 +185,8 @@ class Bench:
         count = self.setting.calibration_batches * self.setting.rows
         batches = self.batches(self.train[:count], self.setting.rows)
 
-        def runs():
-            for batch in batches:
-
-                def run_batch(backward: bool, batch=batch) -> torch.Tensor:
-                    loss = model(**batch).loss
-                    if backward:
-                        loss.backward()
-                    return loss.detach()
-
-                yield run_batch
-
         path = folder / "scores.safetensors"
-        measure_importance(model, runs()).save(path)
+        measure_importance(model, batches).save(path)
         return str(path)
 
     def batches(self, samples: list[dict], rows: int) -> Iterator[dict[str, torch.Tensor]]:

@@ -7,6 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import keys_table
 import pytest
 import trl_runs
 import yaml
@@ -91,6 +92,11 @@ def test_the_diff_changes_two_lines():
         "plugins": ["axolotl_spft.SPFTPlugin"],
         "adapter": "prune_spft",
     }
+
+
+def test_the_table_of_keys_is_made_from_the_fields():
+    """Else: python tests/support/keys_table.py"""
+    assert keys_table.in_readme() == keys_table.keys_table()
 
 
 def test_the_table_of_keys_is_complete_and_its_defaults_are_true():

@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from tiny_models import byte_tokenizer
 
 from trainer_ext import SpftError
-from trainer_ext.importance import METRIC_CLASSES
+from trainer_ext.config.registry import METRICS
 from trainer_ext.importance.class_column import CLASS_KEY
 from trainer_ext.importance.metrics.quantile_mean import QuantileMean
 
@@ -46,7 +46,7 @@ def metric(monkeypatch):
             super().observe(run_batch)
             self.seen.append(self.row_classes.current.clone())
 
-    monkeypatch.setitem(METRIC_CLASSES, "quantile_mean", Noting)
+    monkeypatch.setitem(METRICS, "quantile_mean", Noting)
     return Noting
 
 

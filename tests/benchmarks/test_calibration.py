@@ -164,9 +164,9 @@ def test_the_frozen_pass_reaches_the_embeddings_and_the_forward_keeps_nothing(su
 
 def test_the_parts_of_zo_taylor_are_those_that_it_consists_of(subject, monkeypatch):
     made, forwards = [], []
-    noise = calibration.METRIC_CLASSES["zo_taylor"].noise
+    noise = calibration.METRICS["zo_taylor"].noise
     monkeypatch.setattr(
-        calibration.METRIC_CLASSES["zo_taylor"],
+        calibration.METRICS["zo_taylor"],
         "noise",
         lambda self, *key: made.append(key[1:]) or noise(self, *key),
     )

@@ -12,7 +12,7 @@ from tiny_models import dataset, tiny_model
 from transformers import TrainingArguments
 
 from trainer_ext import SpftConfig, SpftTrainer
-from trainer_ext.importance import METRIC_CLASSES
+from trainer_ext.config.registry import METRICS
 from trainer_ext.importance.class_column import CLASS_KEY
 from trainer_ext.importance.metrics.quantile_mean import QuantileMean
 
@@ -36,7 +36,7 @@ class Watched(SpftTrainer):
 
 def main(folder: Path) -> None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    METRIC_CLASSES["quantile_mean"] = Noting
+    METRICS["quantile_mean"] = Noting
     arguments = TrainingArguments(
         str(folder / "out"),
         max_steps=2,

@@ -55,7 +55,7 @@ def first_batches(trainer, count: int) -> Iterator[OptimizerStepBatch]:
 
 
 class OptimizerStepBatch:
-    """The data of one optimizer step on this process; a `RunBatch` by the trainer's own loss.
+    """A `CalibrationBatch` of a trainer: the data of one optimizer step, and the trainer's loss.
 
     Attributes:
         micro_batches: one for each accumulation step, as the data loader gave them.
@@ -85,7 +85,8 @@ class OptimizerStepBatch:
                 trainer._step += 1
         return self
 
-    def __call__(self, backward: bool) -> torch.Tensor:
+    def run(self, backward: bool) -> torch.Tensor:
+        """See `CalibrationBatch`."""
         if self._inputs is None:
             self.prepared()
         trainer, num_items = self._trainer, self._num_items

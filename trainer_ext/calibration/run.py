@@ -6,16 +6,16 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
+from ..config.registry import METRICS
 from ..config.spft_config import SpftConfig
 from ..distributed import release_gathered_weights
 from ..errors import SpftError, in_plain_words
-from ..importance import METRIC_CLASSES
-from ..importance.base import ImportanceMetric, RunBatch
+from ..importance.base import CalibrationBatch, ImportanceMetric
 from ..importance.class_column import RowClasses, hide_classes
 from ..ranking.scores import ImportanceScores, check_same_layers
 from ..ranking.selection import NeuronSelection, select_top
@@ -28,12 +28,16 @@ from .mode import calibration_mode
 
 logger = logging.getLogger(__name__)
 
+Batch = Mapping | CalibrationBatch | Callable[[bool], torch.Tensor]
+Loss = Callable[[nn.Module, dict], torch.Tensor]
+
 
 def measure_importance(
     model: nn.Module,
-    batches: Iterable[RunBatch] = (),
+    batches: Iterable[Batch] = (),
     adapter_name: str = "default",
     on_batch: Callable[[], None] = lambda: None,
+    loss: Loss = lambda model, batch: model(**batch).loss,
 ) -> ImportanceScores:
     """Score every neuron of the adapter's layers by the metric of its configuration.
 
@@ -41,9 +45,12 @@ def measure_importance(
 
     Args:
         model: a PEFT model with an SPFT adapter, without the wrapper of an engine.
-        batches: for metrics that need data, one callable a batch: it runs the loss of one optimizer
-            step's data, with True also the backward, and returns the loss.
+        batches: for metrics that need data: model inputs, one dict an optimizer step; or objects
+            with the methods of `CalibrationBatch`, or its `run` alone, for losses of another form.
+            For quantile_mean, dicts have the rows' class ids under `CLASS_KEY`, which the model
+            never gets to see, neither now nor in training.
         on_batch: called after each batch of each pass.
+        loss: loss of the model on a dict.
 
     Raises:
         SpftError: the metric needs data and there was none.
@@ -51,9 +58,11 @@ def measure_importance(
     config = adapter_config(model, adapter_name)
     layers = spft_layers(model, adapter_name)
     restore_base(model)  # another adapter may have trained before
-    metric = METRIC_CLASSES[config.importance](layers, config, model)
+    metric = METRICS[config.importance](layers, config, model)
     started = time.perf_counter()
     count = 0
+    if metric.needs_classes:
+        hide_classes(model)
     if metric.needs_data:
         passes = metric.passes()
         if len(passes) > 1:
@@ -65,8 +74,8 @@ def measure_importance(
             for names in passes:
                 metric.begin_pass(names)
                 with metric.attached(names):
-                    for run_batch in batches:
-                        metric.observe(run_batch)
+                    for batch in batches:
+                        metric.observe(_as_calibration_batch(batch, model, loss))
                         on_batch()
                 release_gathered_weights(model)
                 metric.end_pass()
@@ -164,40 +173,37 @@ def load_scores(
 
 def select_neurons(
     model: nn.Module,
-    batches: Iterable[dict] = (),
-    loss: Callable[[nn.Module, dict], torch.Tensor] | None = None,
+    batches: Iterable[Batch] = (),
+    loss: Loss = lambda model, batch: model(**batch).loss,
     adapter_name: str = "default",
 ) -> NeuronSelection:
     """Select an adapter's neurons in one call, for training loops of your own.
 
     Args:
         model: a PEFT model with a fresh SPFT adapter.
-        batches: for metrics that need data: model inputs, one dict a batch. For quantile_mean
-            with the rows' class ids under `CLASS_KEY`, which the model never gets to see, neither
-            now nor in training.
-        loss: loss of the model on a batch; default `model(**batch).loss`.
+        batches, loss: see `measure_importance`.
 
     Raises:
         SpftError: the metric needs data and `batches` is empty, or a score is not finite.
     """
-    loss = loss or (lambda model, batch: model(**batch).loss)
+    config = adapter_config(model, adapter_name)
+    if config.importance_file:
+        scores = load_scores(config.importance_file, model, adapter_name)
+    else:
+        scores = measure_importance(model, batches, adapter_name, loss=loss)
+        for warning in scores.warnings:
+            logger.warning("%s", in_plain_words(warning))
+    return select_by_scores(model, scores, adapter_name)
 
-    def run(batch: dict) -> RunBatch:
-        def run_batch(backward: bool) -> torch.Tensor:
+
+def _as_calibration_batch(batch: Batch, model: nn.Module, loss: Loss) -> CalibrationBatch:
+    if isinstance(batch, Mapping):
+
+        def run(backward: bool) -> torch.Tensor:
             value = loss(model, dict(batch))
             if backward:
                 value.backward()
             return value.detach()
 
-        return run_batch
-
-    config = adapter_config(model, adapter_name)
-    if config.importance == "quantile_mean":
-        hide_classes(model)
-    if config.importance_file:
-        scores = load_scores(config.importance_file, model, adapter_name)
-    else:
-        scores = measure_importance(model, (run(b) for b in batches), adapter_name)
-        for warning in scores.warnings:
-            logger.warning("%s", in_plain_words(warning))
-    return select_by_scores(model, scores, adapter_name)
+        return CalibrationBatch(run, [batch])
+    return batch if hasattr(batch, "run") else CalibrationBatch(batch)

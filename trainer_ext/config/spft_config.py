@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import inspect
+import textwrap
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 from peft import PeftConfig
 
@@ -19,23 +22,24 @@ from .checks import (
     matches_layer,
 )
 from .peft_type import add_peft_type
+from .registry import METRICS
 
 DEFAULT_R = 64
-METRICS = (
-    "magnitude",
-    "taylor",
-    "group_taylor",
-    "zo_taylor",
-    "quantile_mean",
-    "wanda",
-    "random",
-)
 AXES = ("rows",)
 FORWARDS = ("auto", "delta", "write_through")
 ALLOCATIONS = ("uniform", "global")
 QUANT_INITS = ("exact", "none")
 ANCHORS = ("none", "checkpoint", "adapter")
 PATTERNS = ("r_pattern", "density_pattern")
+
+
+def option(default: Any, help: str, default_text: str = "") -> Any:
+    """A field with a help text; every table and help page of the options is made of these.
+
+    Args:
+        default_text: the default in words, where the value does not say it.
+    """
+    return field(default=default, metadata={"help": help, "default": default_text})
 
 
 @dataclass
@@ -50,153 +54,95 @@ class SpftConfig(PeftConfig):
         SpftError: a field's value is not allowed, or `r` and `density` are both given.
     """
 
-    r: int | None = field(
-        default=None,
-        metadata={
-            "help": f"Neurons to train in each layer, at least 1. Default {DEFAULT_R}, or all "
-            "neurons of a smaller layer."
-        },
+    r: int | None = option(
+        None,
+        "neurons trained in each layer; all of a smaller layer",
+        f"{DEFAULT_R}",
     )
-    density: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of each layer's neurons to train, in (0, 1], instead of `r`; rounded to "
-            "the nearest number of neurons, at least one."
-        },
+    density: float | None = option(
+        None, "share of each layer's neurons instead of `r`, in (0, 1]; at least one neuron"
     )
-    importance: str = field(
-        default="group_taylor",
-        metadata={"help": f"Importance metric: one of {', '.join(METRICS)}."},
+    importance: str = option("group_taylor", "the importance metric; docs/importance.md has all")
+    calibration_batches: int = option(
+        8, "optimizer steps' worth of data that the metric is averaged over"
     )
-    calibration_batches: int = field(
-        default=8,
-        metadata={
-            "help": "Batches over which a data-driven metric is averaged. One batch is the data of "
-            "one optimizer step: all accumulation steps on all processes."
-        },
+    importance_file: str | None = option(
+        None, "scores of an earlier run to select by, instead of calibrating"
     )
-    importance_file: str | None = field(
-        default=None,
-        metadata={
-            "help": "Scores of an earlier calibration (spft_importance.safetensors): select by "
-            "them instead of calibrating."
-        },
+    allocation: str = option(
+        "uniform",
+        "`global`: the same number of parameters in all, spread over the layers by the scores in "
+        "`importance_file`",
     )
-    class_field: str | None = field(
-        default=None,
-        metadata={"help": "Dataset column that holds the classes of `quantile_mean`."},
+    allocation_floor: float = option(
+        0.25, "least share of its uniform number of neurons that `global` leaves a layer"
     )
-    zo_eps: float = field(
-        default=1e-3,
-        metadata={"help": "Size of `zo_taylor`'s perturbations, in units of the weights."},
+    allocation_ceiling: float = option(
+        4.0, "largest multiple of its uniform number that `global` gives a layer"
     )
-    zo_directions: int = field(
-        default=5,
-        metadata={"help": "Random directions of `zo_taylor` for each calibration batch."},
+    r_pattern: dict[str, int] | None = option(
+        None,
+        "neurons of single layers: name ending or regular expression, and number; the first that "
+        "matches counts",
     )
-    accumulator_memory: float | None = field(
-        default=None,
-        metadata={
-            "help": "Memory for `taylor`'s gradient accumulators on each process, in GiB; what "
-            "does not fit is accumulated in further passes over the batches. None: one pass."
-        },
+    density_pattern: dict[str, float] | None = option(
+        None, "the same with shares of the layer's neurons"
     )
-    accumulator_offload: bool = field(
-        default=False, metadata={"help": "Keep `taylor`'s gradient accumulators in CPU memory."}
+    class_field: str | None = option(None, "dataset column with the classes of `quantile_mean`")
+    zo_eps: float = option(1e-3, "size of `zo_taylor`'s perturbations, in units of the weights")
+    zo_directions: int = option(5, "random directions of `zo_taylor` for each batch")
+    accumulator_memory: float | None = option(
+        None,
+        "GiB on each process for `taylor`'s accumulators; what does not fit takes further passes "
+        "over the batches",
+        "no limit",
     )
-    stability: bool = field(
-        default=True,
-        metadata={
-            "help": "Score two halves of the calibration data as well and report how far their "
-            "selections agree."
-        },
+    accumulator_offload: bool = option(False, "keep `taylor`'s accumulators in CPU memory")
+    stability: bool = option(
+        True, "report how far the selections by two halves of the calibration data agree"
     )
-    allocation: str = field(
-        default="uniform",
-        metadata={
-            "help": "`uniform`: `r` or `density` in every layer. `global`: as many parameters in "
-            "all, spread over the layers by their scores in `importance_file`."
-        },
+    axis: str = option("rows", "what a neuron is: an output neuron with its input weights")
+    forward: str = option(
+        "auto",
+        "`write_through` keeps W + delta in the weight's own rows while training, `delta` adds the "
+        "outputs; `auto` writes through wherever a process holds the whole, unquantised weight",
     )
-    allocation_floor: float = field(
-        default=0.25,
-        metadata={"help": "Least share of its uniform number that `global` leaves a layer."},
+    quant_init: str | None = option(
+        None,
+        "over a 4- or 8-bit base: `exact` starts the trained neurons from the checkpoint's "
+        "original rows, `none` from the quantised ones",
+        "exact",
     )
-    allocation_ceiling: float = field(
-        default=4.0,
-        metadata={"help": "Largest multiple of its uniform number that `global` gives a layer."},
+    target_modules: list[str] | str | None = option(
+        None,
+        "layers to train: names, or a regular expression",
+        "all linear layers but head, routers, vision",
     )
-    r_pattern: dict[str, int] | None = field(
-        default=None,
-        metadata={
-            "help": "Neurons of single layers: name ending or regular expression -> number. The "
-            "first that matches counts."
-        },
+    exclude_modules: list[str] | str | None = option(
+        None, "layers to leave out: names, or a regular expression"
     )
-    density_pattern: dict[str, float] | None = field(
-        default=None,
-        metadata={"help": "As `r_pattern`, with shares of the layer's neurons."},
+    seed: int = option(42, "seed of `random`'s scores and `zo_taylor`'s noise")
+    layers_to_transform: list[int] | int | None = option(
+        None, "indices of the transformer blocks to train", "all"
     )
-    allocated: dict[str, int] | None = field(
-        default=None,
-        metadata={"help": "Neurons of each layer that `global` came to; filled in, not given."},
+    layers_pattern: list[str] | str | None = option(
+        None, "name of the block list that `layers_to_transform` counts in"
     )
-    axis: str = field(
-        default="rows",
-        metadata={"help": "What a neuron is: `rows`, an output neuron with its input weights."},
+    modules_to_save: list[str] | None = option(
+        None, "modules trained and saved whole beside the selected neurons"
     )
-    forward: str = field(
-        default="auto",
-        metadata={
-            "help": "How training computes: `delta` adds the update's outputs to the base layer's; "
-            "`write_through` keeps W0 + delta in the base weight's selected rows, and is refused "
-            "where a weight is not whole; `auto` does so where it is, else `delta`."
-        },
+    start_adapter: str | None = option(
+        None,
+        "folder of an SPFT adapter that training starts from: its neurons are trained on, and its "
+        "values are what delta starts from and what switching it off leaves",
     )
-    quant_init: str | None = field(
-        default=None,
-        metadata={
-            "help": "How the neurons of a 4- or 8-bit base start: `exact` (the default there) from "
-            "the original 16-bit rows, read from the checkpoint; `none` from the quantised ones."
-        },
+    allocated: dict[str, int] | None = option(
+        None, "neurons of each layer that `global` came to; filled in, not given"
     )
-    start_adapter: str | None = field(
-        default=None,
-        metadata={
-            "help": "Folder of an SPFT adapter that training starts from: its neurons are trained "
-            "on, and its values are what `delta` starts from and what switching it off leaves."
-        },
-    )
-    anchor: str | None = field(
-        default=None,
-        metadata={
-            "help": "What the deltas are added to: `none` (the base's own rows), `checkpoint` "
-            "(`quant_init: exact`) or `adapter` (`start_adapter`); filled in, not given."
-        },
-    )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Layers to train: names, a regular expression, or None for every linear layer "
-            "of the language model but the head, routers and vision towers."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names or a regular expression of layers to leave out."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the transformer blocks to train; None: all."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Name of the block list that `layers_to_transform` counts in."},
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules trained and saved whole beside the selected neurons."},
-    )
-    seed: int = field(
-        default=42, metadata={"help": "Seed of `random`'s scores and of `zo_taylor`'s noise."}
+    anchor: str | None = option(
+        None,
+        "what the deltas are added to: `none` (the base's own rows), `checkpoint` (`quant_init` is "
+        "exact) or `adapter` (`start_adapter`); filled in, not given",
     )
 
     def __post_init__(self) -> None:
@@ -222,10 +168,11 @@ class SpftConfig(PeftConfig):
         check_positive_number("zo_eps", self.zo_eps)
         if self.accumulator_memory is not None:
             check_positive_number("accumulator_memory", self.accumulator_memory)
-        if self.importance == "quantile_mean" and not (self.class_field or self.importance_file):
+        needs_classes = METRICS[self.importance].needs_classes
+        if needs_classes and not (self.class_field or self.importance_file):
             raise SpftError(
-                "`importance` is 'quantile_mean' but `class_field` is not set; name the dataset "
-                "column that holds each row's class"
+                f"`importance` is {self.importance!r} but `class_field` is not set; name the "
+                "dataset column that holds each row's class"
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise SpftError(
@@ -278,8 +225,8 @@ class SpftConfig(PeftConfig):
             layer: its name in the base model.
 
         Raises:
-            SpftError: the number is larger than the layer, `r_pattern` and `density_pattern` both
-                match the layer, or `allocated` lacks it.
+            SpftError: `r_pattern` gives it more than it has, `r_pattern` and `density_pattern` both
+                match it, or `allocated` lacks it.
         """
         matching = self.pattern_of(layer)
         if matching is not None:
@@ -295,7 +242,7 @@ class SpftConfig(PeftConfig):
                 )
             return count
         if self.allocation == "uniform":
-            return self.uniform_neurons_of(layer, out_features)
+            return self.uniform_neurons_of(out_features)
         count = (self.allocated or {}).get(layer)
         if count is None or count > out_features:
             raise SpftError(
@@ -305,22 +252,11 @@ class SpftConfig(PeftConfig):
             )
         return count
 
-    def uniform_neurons_of(self, layer: str, out_features: int) -> int:
-        """The number that `r` or `density` gives a layer, whatever patterns and `allocation` say.
-
-        Raises:
-            SpftError: `r` is larger than the layer.
-        """
+    def uniform_neurons_of(self, out_features: int) -> int:
+        """The number that `r` or `density` gives a layer, without patterns and `allocation`."""
         if self.density is not None:
             return share_of(self.density, out_features)
-        if self.r is None:
-            return min(DEFAULT_R, out_features)
-        if self.r > out_features:
-            raise SpftError(
-                f"`r` is {self.r} but layer {layer} has {out_features} neurons; lower `r` to at "
-                f"most {out_features}, use `density`, or list the layer in `exclude_modules`"
-            )
-        return self.r
+        return min(self.r or DEFAULT_R, out_features)
 
     def pattern_of(self, layer: str) -> tuple[str, str] | None:
         """Field and key of the pattern that sets a layer's number; None if no pattern matches.
@@ -345,3 +281,27 @@ class SpftConfig(PeftConfig):
 def share_of(share: float, out_features: int) -> int:
     """The number of neurons nearest to a share of a layer, at least one."""
     return max(1, int(share * out_features + 0.5))
+
+
+def own_options() -> list:
+    """The dataclass fields of SpftConfig that are not PEFT's, in the order of the class."""
+    return [f for f in fields(SpftConfig) if "default" in f.metadata]
+
+
+def default_in_words(option) -> str:
+    """A field's default as tables show it; empty for None."""
+    value = option.metadata["default"] or option.default
+    return "" if value is None else str(value)
+
+
+def _described(options) -> str:
+    lines = []
+    for o in options:
+        default = default_in_words(o)
+        text = f"{o.name}: {o.metadata['help']}" + (f" (default: {default})" if default else "")
+        lines.append(textwrap.fill(text, 96, initial_indent="    ", subsequent_indent="        "))
+    return "Args:\n" + "\n".join(lines)
+
+
+if SpftConfig.__doc__:  # python -OO leaves none
+    SpftConfig.__doc__ = f"{inspect.cleandoc(SpftConfig.__doc__)}\n\n{_described(own_options())}\n"

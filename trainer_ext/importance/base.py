@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,9 +15,19 @@ from ..distributed import sum_over_processes
 from ..tuner.layer import SpftLinear
 from .class_column import RowClasses
 
-# Runs the loss of one optimizer step's data on this process, with True also its backward; returns
-# the loss, whose mean over the processes is the loss of the global batch.
-RunBatch = Callable[[bool], torch.Tensor]
+
+@dataclass(frozen=True)
+class CalibrationBatch:
+    """The data of one optimizer step on this process.
+
+    Attributes:
+        run: computes the loss, with True also its backward; returns the loss, whose mean over the
+            processes is the loss of the global batch. It may be called as often as needed.
+        micro_batches: the model inputs of each accumulation step, where they are known.
+    """
+
+    run: Callable[[bool], torch.Tensor]
+    micro_batches: Sequence[Mapping] = ()
 
 
 def wide_dtype(device: torch.device) -> torch.dtype:
@@ -45,6 +56,7 @@ class ImportanceMetric(ABC):
     Attributes:
         needs_data: whether `observe` must be called at all.
         needs_gradients: whether batches must be run with their backward.
+        needs_classes: whether batches must carry the class of every row.
         layers: layer name -> layer.
         parts: in how many parts the sums are kept.
         batches: how many batches each part has taken in.
@@ -54,6 +66,7 @@ class ImportanceMetric(ABC):
 
     needs_data: bool = True
     needs_gradients: bool = False
+    needs_classes: bool = False
     row_classes: RowClasses | None = None
 
     def __init__(
@@ -81,17 +94,13 @@ class ImportanceMetric(ABC):
         """Start to take in all batches, for the layers `names`."""
         self.batches = [0] * self.parts
 
-    def observe(self, run_batch: RunBatch) -> None:
-        """Take in one calibration batch.
-
-        Args:
-            run_batch: may be called as often as needed, every time with the same data.
-        """
+    def observe(self, batch: CalibrationBatch) -> None:
+        """Take in one calibration batch."""
         part = sum(self.batches) % self.parts
-        self._observe(run_batch, part)
+        self._observe(batch, part)
         self.batches[part] += 1
 
-    def _observe(self, run_batch: RunBatch, part: int) -> None:
+    def _observe(self, batch: CalibrationBatch, part: int) -> None:
         raise NotImplementedError
 
     def end_pass(self) -> None:  # noqa: B027 (not all have something to do)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 
+from ..config.registry import METRICS
 from ..errors import SpftError
 
 CLASS_KEY = "spft_class"  # in a batch: int64 (B,), the class id of each row
@@ -27,7 +28,7 @@ _PACKING = ("sample_packing", "packing", "padding_free")
 
 def calibrates_by_class(config) -> bool:
     """Whether a calibration by an SpftConfig needs the class of every row."""
-    return config.importance == "quantile_mean" and not config.importance_file
+    return METRICS[config.importance].needs_classes and not config.importance_file
 
 
 def add_class_column(trainer, field: str) -> None:

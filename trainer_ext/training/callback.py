@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from ..calibration.batches import first_batches, may_be_one_shot, untouched
 from ..calibration.fingerprints import DataFingerprint
 from ..calibration.run import load_scores, measure_importance, select_by_scores
+from ..config.registry import METRICS
 from ..config.spft_config import SpftConfig
 from ..distributed import (
     Engine,
@@ -26,7 +27,6 @@ from ..distributed import (
     release_gathered_weights,
 )
 from ..errors import SpftError, in_plain_words
-from ..importance import METRIC_CLASSES
 from ..importance.class_column import calibrates_by_class, hide_classes
 from ..ranking.scores import ImportanceScores
 from ..report.figures import RunFigures, optimizer_state_bytes, write_report
@@ -166,10 +166,10 @@ class SpftCallback(TrainerCallback):
         return model, adapter_name
 
     def _calibrate(self, model, adapter_name: str, config: SpftConfig) -> ImportanceScores:
-        if not METRIC_CLASSES[config.importance].needs_data:
+        if not METRICS[config.importance].needs_data:
             return measure_importance(model, (), adapter_name)
         trainer, count = self.trainer, config.calibration_batches
-        by_gradients = METRIC_CLASSES[config.importance].needs_gradients
+        by_gradients = METRICS[config.importance].needs_gradients
         if by_gradients and trainer.accelerator.mixed_precision == "fp16":
             raise SpftError(
                 f"fp16 with `importance` {config.importance!r}: fp16 gradients underflow without "

@@ -39,7 +39,7 @@ def settle_budgets(model: nn.Module, config) -> None:
         config.importance_file, {name: d_out for name, (_, d_out) in shapes.items()}
     )
     competing = {n: shape for n, shape in shapes.items() if config.pattern_of(n) is None}
-    uniform = {n: config.uniform_neurons_of(n, d_out) for n, (_, d_out) in competing.items()}
+    uniform = {n: config.uniform_neurons_of(d_out) for n, (_, d_out) in competing.items()}
     d_in = {name: inputs for name, (inputs, _) in competing.items()}
     try:
         config.allocated = allocate(

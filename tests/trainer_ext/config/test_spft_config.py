@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from peft import PeftConfig, PeftType
 
 from trainer_ext import SpftConfig, SpftError
-from trainer_ext.config.spft_config import DEFAULT_R, METRICS
-from trainer_ext.importance import METRIC_CLASSES
+from trainer_ext.config.registry import METRICS
+from trainer_ext.config.spft_config import DEFAULT_R
 
 EXAMPLES = [
     SpftConfig(),
@@ -51,13 +51,22 @@ def test_defaults():
     assert (config.r, config.density) == (None, None)
     assert DEFAULT_R == 64
     assert config.neurons_of("layer", 1000) == 64
-    assert config.neurons_of("small layer", 30) == 30  # only an r that was asked for is an error
+    assert config.neurons_of("small layer", 30) == 30
+    assert SpftConfig(r=64).neurons_of("small layer", 30) == 30  # asked for or by default
     assert (config.importance, config.calibration_batches) == ("group_taylor", 8)
     assert (config.axis, config.peft_type) == ("rows", PeftType.SPFT)
 
 
-def test_metric_names_are_those_of_the_registry():
-    assert set(METRICS) == set(METRIC_CLASSES)
+def test_every_metric_registers_itself():
+    assert set(METRICS) == {
+        "magnitude",
+        "taylor",
+        "group_taylor",
+        "zo_taylor",
+        "quantile_mean",
+        "wanda",
+        "random",
+    }
 
 
 @pytest.mark.parametrize("config", EXAMPLES)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from trainer_ext import SpftCallback, SpftConfig, SpftError, SpftTrainer, select_neurons
-from trainer_ext.importance import METRIC_CLASSES
+from trainer_ext.config.registry import METRICS
 from trainer_ext.importance.class_column import CLASS_KEY, RowClasses, hide_classes
 from trainer_ext.importance.metrics.quantile_mean import QuantileMean
 from trainer_ext.ranking.selection import top_neurons
@@ -45,7 +45,7 @@ def seen(monkeypatch):
             classes = self.row_classes.current
             batches.append(None if classes is None else classes.clone())
 
-    monkeypatch.setitem(METRIC_CLASSES, "quantile_mean", Noting)
+    monkeypatch.setitem(METRICS, "quantile_mean", Noting)
     return batches
 
 

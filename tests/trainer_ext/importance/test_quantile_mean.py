@@ -100,7 +100,7 @@ def test_labels_that_the_loss_keeps_to_itself_count_all_the_same():
         def __init__(self, inputs):
             self.micro_batches = [inputs]
 
-        def __call__(self, backward):
+        def run(self, backward):
             inputs = dict(self.micro_batches[0])
             labels = inputs.pop("labels")
             logits = model(**inputs).logits[:, :-1].flatten(0, 1)

@@ -17,6 +17,7 @@ from tiny_models import CONFIGS, batch, tiny_model
 from trainer_ext import measure_importance
 from trainer_ext.calibration.mode import calibration_mode
 from trainer_ext.importance import noise as noise_module
+from trainer_ext.importance.base import CalibrationBatch
 from trainer_ext.importance.metrics import zo_taylor as zo_module
 from trainer_ext.importance.metrics.zo_taylor import NOISY_RANKING, ZoTaylor
 from trainer_ext.importance.noise import weight_noise
@@ -141,7 +142,9 @@ def test_the_derivative_along_a_direction_is_the_gradients():
     metric = ZoTaylor(layers, model.peft_config["default"], model)
     with calibration_mode(model, layers, gradients=False), metric.attached(list(layers)):
         for inputs in BATCHES:
-            metric.observe(lambda backward, inputs=inputs: cross_entropy(model, inputs))
+            metric.observe(
+                CalibrationBatch(lambda backward, inputs=inputs: cross_entropy(model, inputs))
+            )
     plain = tiny_model("gpt2", dtype=torch.float64).eval()
     for number, direction, derivative, _ in metric._derivatives:
         plain.zero_grad()
@@ -173,7 +176,7 @@ def test_a_clear_ranking_is_no_warning():
     x, scale = torch.ones(1, 32), torch.arange(16.0) ** 3
     metric = ZoTaylor(layers, model.peft_config["default"], model)
     with metric.attached([name]):
-        metric.observe(lambda backward: (base(x) * scale).sum())
+        metric.observe(CalibrationBatch(lambda backward: (base(x) * scale).sum()))
     metric.end_pass()
     assert metric.diagnostics()["rank_correlation"][name] > NOISY_RANKING
     assert metric.warnings() == []

@@ -1,1 +1,9 @@
-"""Importance metrics, one file a family."""
+"""Importance metrics, one file a family; every file in this folder is imported."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from ...config.registry import register
 from ...distributed import any_process, mean_over_processes
 from ..base import ImportanceMetric, chunks, wide_dtype
 from ..taps import Tap, tapped
@@ -39,17 +40,20 @@ class OutputProductMetric(ImportanceMetric):
                 stack.enter_context(tapped(base, self._products[name]))
             yield
 
-    def _observe(self, run_batch, part) -> None:
+    def _observe(self, batch, part) -> None:
         products = self._products.values()
         for product in products:
             product.begin(part)
-        run_batch(True)
+        self._run(batch)
         # one look at the device for all layers; all processes run the batch again if any must
         device = next(iter(products)).overwritten.device
         if any_process(bool(torch.stack([p.overwritten.to(device) for p in products]).any())):
             for product in products:
                 product.start_over()
-            run_batch(True)
+            self._run(batch)
+
+    def _run(self, batch) -> None:
+        batch.run(True)
 
     def silent_layers(self) -> list[str]:
         return self._unreached({name: p.reached for name, p in self._products.items()})
@@ -119,6 +123,7 @@ def _some_rows(z: torch.Tensor) -> torch.Tensor:
 _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
+@register("group_taylor")
 class GroupTaylor(OutputProductMetric):
     """Magnitude of the loss's first-order change when a whole neuron is removed."""
 

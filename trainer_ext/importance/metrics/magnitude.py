@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ...config.registry import register
 from ..base import ImportanceMetric
 from ..elementwise import sum_over_inputs
 
 
+@register("magnitude")
 class Magnitude(ImportanceMetric):
     """Sum of the p-th powers of a neuron's weights, p = 2."""
 

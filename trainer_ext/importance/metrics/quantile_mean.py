@@ -14,6 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
+from ...config.registry import register
 from ...distributed import sum_over_processes, world_size
 from ...errors import SpftError
 from ..class_column import CLASS_KEY
@@ -22,6 +23,7 @@ from .group_taylor import OutputProduct, OutputProductMetric, add_products
 _QUANTILES = torch.linspace(0, 1, 11, dtype=torch.float64)
 
 
+@register("quantile_mean")
 class QuantileMean(OutputProductMetric):
     """Mean over quantiles of the classes' group Taylor scores.
 
@@ -29,6 +31,8 @@ class QuantileMean(OutputProductMetric):
     the target tokens (of the rows, where labels are one a row), which makes them those of the mean
     loss of that class.
     """
+
+    needs_classes = True
 
     def __init__(self, layers, config, model=None) -> None:
         self._rows = _Rows()
@@ -51,16 +55,16 @@ class QuantileMean(OutputProductMetric):
         if torch.is_grad_enabled():  # a reference model's forward must not count
             self._rows.note(self.row_classes.current, kwargs.get("labels"))
 
-    def _observe(self, run_batch, part):
-        def counting_anew(backward: bool) -> torch.Tensor:
-            self._rows.targets = torch.zeros(0, dtype=torch.float64)
-            return run_batch(backward)
+    def _run(self, batch) -> None:
+        self._rows.targets = torch.zeros(0, dtype=torch.float64)  # counted anew in each run
+        super()._run(batch)
 
-        super()._observe(counting_anew, part)
+    def _observe(self, batch, part):
+        super()._observe(batch, part)
         # From the data where it can be had: some losses (label smoothing) keep the labels to
         # themselves, so that the model never gets them.
         targets = self._rows.targets
-        for number, inputs in enumerate(getattr(run_batch, "micro_batches", ())):
+        for number, inputs in enumerate(batch.micro_batches):
             before = torch.zeros(0, dtype=torch.float64) if number == 0 else targets
             targets = _with_targets(before, inputs[CLASS_KEY].cpu(), inputs.get("labels"))
         self._targets.append((part, targets))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ...config.registry import register
 from ...seeding import generator_for
 from ..base import ImportanceMetric
 
 
+@register("random")
 class RandomControl(ImportanceMetric):
     """Uniform scores, a function of the seed and the layer's name alone."""
 

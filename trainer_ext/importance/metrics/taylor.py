@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from ...config.registry import register
 from ...distributed import world_size
 from ...errors import SpftError
 from ..base import ImportanceMetric
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 _BYTES = 4  # of an fp32 accumulator element
 
 
+@register("taylor")
 class Taylor(ImportanceMetric):
     """Sum over a neuron's weights of the loss's first-order change when that weight is removed."""
 
@@ -98,9 +100,9 @@ class Taylor(ImportanceMetric):
                 stack.enter_context(tapped(base, _WeightGradient(self, name)))
             yield
 
-    def _observe(self, run_batch, part):
+    def _observe(self, batch, part):
         self._part = part
-        run_batch(True)
+        batch.run(True)
         self.sums.finish()
 
     @property

@@ -12,11 +12,13 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+from ...config.registry import register
 from ...distributed import sum_over_processes
 from ..base import ImportanceMetric, chunks, wide_dtype
 from ..elementwise import sum_over_inputs
 
 
+@register("wanda")
 class Wanda(ImportanceMetric):
     """Weights' magnitudes weighted by the L2 norms of their inputs over all processes' tokens."""
 
@@ -47,9 +49,9 @@ class Wanda(ImportanceMetric):
                 stack.callback(handle.remove)
             yield
 
-    def _observe(self, run_batch, part):
+    def _observe(self, batch, part):
         self._part = part
-        run_batch(False)
+        batch.run(False)
 
     def _note_mask(self, module, args, kwargs) -> None:
         mask = kwargs.get("attention_mask")

@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from ...config.registry import register
 from ...distributed import mean_over_processes
 from ...ranking.stability import rank_correlation
 from ...tuner.base_layers import quantisation_of
@@ -29,6 +30,7 @@ from ..taps import as_linear_weight, replaced_forward
 NOISY_RANKING = 0.3
 
 
+@register("zo_taylor")
 class ZoTaylor(ImportanceMetric):
     """Sum over a neuron's weights of |w_ij gbar_ij| with a zeroth-order estimate of gbar."""
 
@@ -58,21 +60,21 @@ class ZoTaylor(ImportanceMetric):
         device = self.layers[name].get_base_layer().weight.device
         return weight_noise(key, chunk, rows, columns, device)
 
-    def _observe(self, run_batch, part):
-        batch = sum(self.batches)
+    def _observe(self, batch, part):
+        number = sum(self.batches)
         losses = {}
         for direction in range(self.config.zo_directions):
             for sign in (1.0, -1.0):
-                self._perturbation = (batch, direction, sign * self.eps)
+                self._perturbation = (number, direction, sign * self.eps)
                 try:
-                    losses[f"{direction}{sign}"] = run_batch(False).detach().cpu().double()
+                    losses[f"{direction}{sign}"] = batch.run(False).detach().cpu().double()
                 finally:
                     self._perturbation = None
         losses = mean_over_processes(losses)
         for direction in range(self.config.zo_directions):
             change = losses[f"{direction}{1.0}"] - losses[f"{direction}{-1.0}"]
             derivative = change.item() / (2 * self.eps)
-            self._derivatives.append((batch, direction, derivative, part))
+            self._derivatives.append((number, direction, derivative, part))
 
     def _perturbed(self, name: str, base: nn.Module):
         def make(original, had_own):
