@@ -107,7 +107,7 @@ def test_allocated_numbers_count_where_no_pattern_does():
         r=9, allocation="global", allocated={"a": 3, "b": 4}, r_pattern={"b": 5, "c": 6}
     )
     assert [config.neurons_of(layer, 10) for layer in "abc"] == [3, 5, 6]
-    assert config.uniform_neurons_of("a", 10) == 9
+    assert config.uniform_neurons_of(10) == 9
     for layer, size, fragment in (("d", 10, "no neurons for layer d"), ("a", 2, "3 neurons")):
         with pytest.raises(SpftError, match=fragment):
             config.neurons_of(layer, size)
