@@ -21,7 +21,8 @@ from tiny_models import batch, tiny_model
 from transformers import TrainerCallback, TrainingArguments
 
 from trainer_ext import ImportanceScores, SelectedNeuronAdamW, SpftConfig, SpftTrainer
-from trainer_ext.distributed import ShardLayout, bare_model, read_neurons
+from trainer_ext.distributed.engine import bare_model
+from trainer_ext.distributed.shards import ShardLayout, read_neurons
 from trainer_ext.importance import noise
 from trainer_ext.importance.metrics import zo_taylor
 from trainer_ext.training.callback import IMPORTANCE_FILE

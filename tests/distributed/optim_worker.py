@@ -22,7 +22,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from trainer_ext import SelectedNeuronAdamW, SpftError, trained_parameters
-from trainer_ext.distributed import ShardLayout, read_neurons
+from trainer_ext.distributed.shards import ShardLayout, read_neurons
 from trainer_ext.optim import SelectedNeuronAdamWReference
 from trainer_ext.report.figures import optimizer_state_bytes
 from trainer_ext.tuner.model import deltas

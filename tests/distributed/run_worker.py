@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainingArgument
 
 from trainer_ext import ImportanceScores, SelectedNeuronAdamW, SpftConfig, SpftTrainer
 from trainer_ext.checkpoints.folders import last_complete
-from trainer_ext.distributed import bare_model, innermost_optimizer
+from trainer_ext.distributed.engine import bare_model, innermost_optimizer
 from trainer_ext.training.callback import IMPORTANCE_FILE
 from trainer_ext.tuner.model import deltas
 

@@ -18,7 +18,7 @@ from memory import StorageTracker
 from run_worker import Look, Options, make_trainer
 from transformers import TrainerCallback
 
-from trainer_ext.distributed import bare_model
+from trainer_ext.distributed.engine import bare_model
 from trainer_ext.tuner.layer import SpftLinear
 
 

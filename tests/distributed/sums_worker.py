@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from processes import hand_over
 
-from trainer_ext.distributed import ShardLayout
+from trainer_ext.distributed.shards import ShardLayout
 from trainer_ext.importance.sharded_sum import ShardedSums
 
 SHAPES = {"a": (5, 3), "b": (4, 4), "c": (1, 2), "d": (7, 1)}

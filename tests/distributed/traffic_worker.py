@@ -23,7 +23,7 @@ from traffic import Traffic
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 from trainer_ext import SpftConfig, SpftTrainer
-from trainer_ext.distributed import bare_model
+from trainer_ext.distributed.engine import bare_model
 
 SIZES = {
     "tiny": TINY,

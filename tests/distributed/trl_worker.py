@@ -29,7 +29,8 @@ from trl import DPOConfig, SFTConfig
 from trl_runs import arguments, completions, losses, tokenizer
 
 from trainer_ext import SpftConfig, SpftDPOTrainer, SpftSFTTrainer, select_neurons
-from trainer_ext.distributed import ShardLayout, bare_model, read_neurons
+from trainer_ext.distributed.engine import bare_model
+from trainer_ext.distributed.shards import ShardLayout, read_neurons
 from trainer_ext.tuner.model import deltas, spft_layers
 
 PAIRS = "pairs"

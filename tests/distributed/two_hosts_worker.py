@@ -26,7 +26,7 @@ from run_worker import Look, Options, make_trainer
 from transformers import TrainerCallback
 
 from trainer_ext.checkpoints.folders import last_complete
-from trainer_ext.distributed import bare_model
+from trainer_ext.distributed.engine import bare_model
 from trainer_ext.run_guard.guard import RunGuard
 from trainer_ext.tuner.model import deltas
 

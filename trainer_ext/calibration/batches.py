@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import IterableDataset
 
-from ..distributed import bare_model
+from ..distributed.engine import bare_model
 from ..errors import SpftError
 from .mode import random_state_kept
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..distributed import ShardLayout, local_shard, process_rank, sum_over_processes
+from ..distributed.processes import process_rank, sum_over_processes
+from ..distributed.shards import ShardLayout, local_shard
 from ..errors import SpftError
 from ..importance.class_column import CLASS_KEY
 

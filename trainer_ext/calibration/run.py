@@ -13,7 +13,7 @@ from torch import nn
 
 from ..config.registry import METRICS
 from ..config.spft_config import SpftConfig
-from ..distributed import release_gathered_weights
+from ..distributed.engines import release_gathered_weights
 from ..errors import SpftError, in_plain_words
 from ..importance.base import CalibrationBatch, ImportanceMetric
 from ..importance.class_column import RowClasses, hide_classes

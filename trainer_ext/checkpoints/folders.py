@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from ..distributed import (
+from ..distributed.processes import (
     from_main_process,
     process_rank,
     sum_over_processes,

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
-from ..distributed import (
-    Engine,
-    bare_model,
-    keep_from_broadcast,
-    settle_checkpointing,
-    wait_for_all,
-    world_size,
-)
+from ..distributed.engine import bare_model
+from ..distributed.engines import engine_of
+from ..distributed.processes import wait_for_all, world_size
 from ..errors import SpftError
-from ..tuner.model import buffers_out_of_state_dict, selection_buffers
+from ..tuner.model import selection_buffers
 from .folders import (
     CheckpointMark,
     begin_checkpoint,
@@ -52,7 +46,7 @@ class CheckpointMixin:
         Raises:
             SpftError: the checkpoint is incomplete, or cannot be gone on from here.
         """
-        settle_checkpointing(self)
+        engine_of(self).settle_checkpointing(self)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -63,7 +57,7 @@ class CheckpointMixin:
         elif resume_from_checkpoint:
             resume_from_checkpoint = check_given_checkpoint(resume_from_checkpoint)
         if resume_from_checkpoint:
-            _check_resumable(resume_from_checkpoint, Engine.of(self).name, _global_batch(self.args))
+            _check_resumable(resume_from_checkpoint, engine_of(self).name, _global_batch(self.args))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
@@ -77,7 +71,9 @@ class CheckpointMixin:
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self._spft_state = None
         divided = self._divides_state
-        with _spft_buffers_left_alone(self):
+        engine = engine_of(self)
+        # every process selects or reads by itself which neurons are selected
+        with engine.leave_buffers_alone(self.model, selection_buffers(self.model)):
             prepared = super()._prepare_for_training(
                 max_steps, train_dataloader, None if divided else resume_from_checkpoint
             )
@@ -89,19 +85,19 @@ class CheckpointMixin:
 
     @property
     def _divides_state(self) -> bool:
-        return Engine.of(self).divides_state
+        return engine_of(self).divides_state
 
     @property
     def _training_state(self) -> TrainingState:
         """What this run trains, wherever its engine keeps it; made once the trainer is prepared."""
         if self._spft_state is None:
             self._spft_state = TrainingState(
-                Engine.of(self), bare_model(self), self.optimizer, self._spft_groups
+                engine_of(self), bare_model(self), self.optimizer, self._spft_groups
             )
         return self._spft_state
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        if checkpoint is None or Engine.of(self).kind == "none":
+        if checkpoint is None or not (self._divides_state or world_size() > 1):
             return super()._load_optimizer_and_scheduler(checkpoint)
         whole = os.path.join(checkpoint, OPTIMIZER_FILE)
         if not own_optimizer_file(checkpoint).is_file() and not os.path.isfile(whole):
@@ -128,7 +124,7 @@ class CheckpointMixin:
         mark = CheckpointMark(
             complete=False,
             step=step,
-            engine=Engine.of(self).name,
+            engine=engine_of(self).name,
             world_size=world_size(),
             global_batch=_global_batch(args),
         )
@@ -210,17 +206,3 @@ def _check_resumable(folder: str, engine: str, global_batch: int) -> None:
 def _global_batch(args: TrainingArguments) -> int:
     """Rows of one optimizer step over all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
-@contextmanager
-def _spft_buffers_left_alone(trainer: Trainer):
-    """Engines need not send which neurons are selected: every process selects or reads them itself.
-
-    DDP would do so before every forward. FSDP2's loading by one process takes everything in the
-    state dict for a sharded parameter.
-    """
-    kind = Engine.of(trainer).kind
-    if kind == "ddp":
-        keep_from_broadcast(trainer.model, selection_buffers(trainer.model))
-    with buffers_out_of_state_dict(trainer.model) if kind == "fsdp2" else nullcontext():
-        yield

@@ -14,20 +14,10 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict, load_peft_weights
 
-from ..distributed import (
-    Engine,
-    Stepped,
-    any_process,
-    held_parameter,
-    innermost_optimizer,
-    like_stepped,
-    local_tensor,
-    process_rank,
-    stepped_parameters,
-    sum_over_processes,
-    whole_groups,
-    world_size,
-)
+from ..distributed.engine import Engine, innermost_optimizer
+from ..distributed.parts import Part, held_part, like_tensor
+from ..distributed.processes import any_process, process_rank, sum_over_processes, world_size
+from ..distributed.shards import local_tensor
 from ..errors import SpftError
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -67,7 +57,7 @@ class TrainingState:
             if parameter.requires_grad or any(part in name for part in _ADAPTERS_OWN)
         }
         trained = {name: p for name, p in own.items() if p.requires_grad}
-        self._stepped = {s.name: s for s in stepped_parameters(engine, optimizer, trained)}
+        self._stepped = {part.name: part for part in engine.parts(optimizer, trained)}
         self._kept = {name: p for name, p in own.items() if name not in trained}
         self._groups = groups or [list(trained)]
         self._optimizer = innermost_optimizer(optimizer)
@@ -79,7 +69,7 @@ class TrainingState:
         16-bit parameters. The other processes get {} and hold one parameter whole at a time.
         """
         parts = {name: (s, s.values()) for name, s in self._stepped.items()}
-        parts |= {name: held_parameter(name, p) for name, p in self._kept.items()}
+        parts |= {name: held_part(name, p) for name, p in self._kept.items()}
         whole = {name: stepped.gather([part]) for name, (stepped, part) in parts.items()}
         if process_rank():
             return {}
@@ -127,7 +117,7 @@ class TrainingState:
         written by each process for itself, and needs as many processes of the same engine again.
         """
         if any_process(not self._is_elementwise()):
-            with whole_groups(self._engine, self._wrapped) as optimizer:
+            with self._engine.whole_groups(self._wrapped) as optimizer:
                 torch.save(optimizer.state_dict(), own_optimizer_file(folder))
             return
         stepped = [self._stepped[name] for names in self._groups for name in names]
@@ -145,7 +135,7 @@ class TrainingState:
     def _groups_of_whole(self) -> list[dict[str, Any]]:
         """The optimizer's groups as they were constructed: engines leave empty ones out."""
         groups, first = [], 0
-        with whole_groups(self._engine, self._wrapped) as optimizer:
+        with self._engine.whole_groups(self._wrapped) as optimizer:
             live = [group for group in optimizer.param_groups if group["params"]]
             of_names = iter(live)
             for names in self._groups:
@@ -165,11 +155,11 @@ class TrainingState:
         # mapped: of the other processes' parts no byte is read
         saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         if own.is_file() or not self._engine.divides_state:
-            with whole_groups(self._engine, self._wrapped) as optimizer:
+            with self._engine.whole_groups(self._wrapped) as optimizer:
                 optimizer.load_state_dict(saved)
             return
         numbers = self._numbers_in(saved, folder)
-        with whole_groups(self._engine, self._wrapped) as optimizer:
+        with self._engine.whole_groups(self._wrapped) as optimizer:
             groups, state, first = [], {}, 0
             filled = iter([group for group in saved["param_groups"] if group["params"]])
             for group in optimizer.param_groups:
@@ -246,14 +236,14 @@ class TrainingState:
                     )
                 stepped.part_of(entries[key]).copy_(stepped.cut(value))
         return {
-            key: like_stepped(value, tensor) if _is_whole_sized(value) else value
+            key: like_tensor(value, tensor) if _is_whole_sized(value) else value
             for key, value in entries.items()
         }
 
-    def _state_of(self, stepped: Stepped) -> dict[str, Any]:
+    def _state_of(self, stepped: Part) -> dict[str, Any]:
         return {} if stepped.tensor is None else self._optimizer.state.get(stepped.tensor, {})
 
-    def _whole_state(self, stepped: Stepped) -> dict[str, Any] | None:
+    def _whole_state(self, stepped: Part) -> dict[str, Any] | None:
         """State of one parameter on process 0; None on the others."""
         # All tensors that one optimizer steps have the same entries; a process that steps nothing
         # of this one knows them from another.

@@ -4,12 +4,69 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
+from math import prod
 
 import torch
-import torch.distributed as dist
 
-from ..errors import SpftError
 from .processes import any_process, process_rank, sum_over_processes, world_size
+
+
+class Sharding:
+    """How an engine holds parameters of which each process has but a part, for good.
+
+    Making a subclass makes it known. Every one cuts the stored parameter, flattened, into one
+    contiguous range a process: ranges are disjoint, their union is the parameter, and the last ones
+    may be shorter or empty.
+
+    Attributes:
+        kind: what `ShardLayout` calls it.
+    """
+
+    kind: str
+
+    def holds(self, parameter: torch.Tensor) -> bool:
+        """Whether a parameter is held so."""
+        raise NotImplementedError
+
+    def shape(self, parameter: torch.Tensor) -> tuple[int, ...]:
+        """Shape over all processes."""
+        return tuple(parameter.shape)
+
+    def block(self, parameter: torch.Tensor) -> int:
+        """Elements of a process's range, padding included."""
+        raise NotImplementedError
+
+    def refuse_layout(self, weight: torch.Tensor) -> None:
+        """Refuse a weight that is sharded over some of the processes only, or in another way.
+
+        Raises:
+            SpftError: says how it is sharded.
+        """
+
+    def local(self, parameter: torch.Tensor) -> torch.Tensor:
+        """This process's range, flat, sharing its memory; padding may follow."""
+        raise NotImplementedError
+
+    def whole_copy(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """The copy that forwards read, where this process holds the whole as well."""
+        return None
+
+    def whole_in_forward(self, module: torch.nn.Module, parameter: torch.nn.Parameter):
+        """See the function of that name."""
+        return parameter
+
+
+def sharding_of(parameter: torch.Tensor) -> Sharding | None:
+    """How a parameter is sharded; None where this process holds it whole."""
+    return next((s for s in _shardings().values() if s.holds(parameter)), None)
+
+
+@cache
+def _shardings() -> dict[str, Sharding]:
+    from . import engines  # noqa: F401 (each has its own)
+
+    return {kind.kind: kind() for kind in Sharding.__subclasses__()}
 
 
 def range_of_block(block: int, numel: int, rank: int) -> tuple[int, int]:
@@ -18,22 +75,26 @@ def range_of_block(block: int, numel: int, rank: int) -> tuple[int, int]:
     return start, min(start + block, numel)
 
 
+def local_range(parameter: torch.Tensor) -> tuple[int, int]:
+    """First element and number of elements of this process's range of a sharded parameter."""
+    block, numel = sharding_of(parameter).block(parameter), whole_numel(parameter)
+    start, stop = range_of_block(block, numel, process_rank())
+    return start, stop - start
+
+
 @dataclass(frozen=True)
 class ShardLayout:
     """Which elements of a linear layer's weight each process holds.
 
-    Every engine cuts the stored weight, flattened row by row, into one contiguous range a
-    process: ZeRO-3 into slices of ceil(numel / world) elements, FSDP2 into blocks of
-    ceil(rows / world) rows. A replicated weight is cut as ZeRO-3 does, into the ranges that the
-    processes work on. Ranges are disjoint, their union is the weight; the last ones may be
-    shorter or empty.
+    See `Sharding`. A replicated weight is cut into equal slices, the ranges that the processes work
+    on.
 
     Attributes:
         rows, columns: shape of the weight as stored.
         neurons_are_columns: True for Conv1D, which stores (d_in, d_out).
         world: number of processes.
         block: elements of a process's range, padding included.
-        kind: "replicated", "zero3" or "fsdp2".
+        kind: "replicated", or a `Sharding`'s.
     """
 
     rows: int
@@ -50,31 +111,13 @@ class ShardLayout:
         Raises:
             SpftError: it is sharded over some of the processes only, or along another dimension.
         """
-        world = world_size()
-        shape = whole_shape(weight)
-        if not is_sharded(weight):
-            return cls.replicated(shape[0], shape[1], neurons_are_columns)
-        if hasattr(weight, "ds_tensor"):
-            kind, block = "zero3", -(-shape[0] * shape[1] // world)
-            if dist.get_world_size(weight.ds_process_group) != world:
-                raise SpftError(
-                    "the weights are partitioned over a part of the processes (MiCS, hpZ or "
-                    "expert groups); use plain ZeRO-3"
-                )
-        else:
-            kind, block = "fsdp2", -(-shape[0] // world) * shape[1]
-            placements = [str(p) for p in weight.placements]
-            if placements != ["S(0)"] or weight.device_mesh.size() != world:
-                raise SpftError(
-                    f"the weights are sharded as {placements} over {weight.device_mesh.size()} of "
-                    f"{world} processes; SPFT needs FSDP2's full shard of rows over all of them"
-                )
-            if weight.device.type != weight.device_mesh.device_type:
-                raise SpftError(
-                    "the weights are in CPU memory while the model computes elsewhere; SPFT does "
-                    "not work with FSDP2's parameter offload yet, so switch it off"
-                )
-        return cls(shape[0], shape[1], neurons_are_columns, world, block, kind)
+        rows, columns = whole_shape(weight)
+        sharding = sharding_of(weight)
+        if sharding is None:
+            return cls.replicated(rows, columns, neurons_are_columns)
+        sharding.refuse_layout(weight)
+        block = sharding.block(weight)
+        return cls(rows, columns, neurons_are_columns, world_size(), block, sharding.kind)
 
     @classmethod
     def replicated(cls, rows: int, columns: int, neurons_are_columns: bool = False) -> ShardLayout:
@@ -156,29 +199,20 @@ class Block:
 def local_shard(weight: torch.Tensor, layout: ShardLayout) -> torch.Tensor:
     """This process's range of a weight, flat (without padding), sharing its memory."""
     start, stop = layout.local_range(process_rank())
-    if layout.kind == "zero3":
-        return weight.ds_tensor.data[: stop - start]
-    if layout.kind == "fsdp2":
-        return weight.detach().to_local().reshape(-1)[: stop - start]
-    return weight.detach().reshape(-1)[start:stop]
+    if layout.kind == "replicated":
+        return weight.detach().reshape(-1)[start:stop]
+    return _shardings()[layout.kind].local(weight)[: stop - start]
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
     """Whether this process holds but a part of a parameter for good (ZeRO-3, FSDP2)."""
-    return hasattr(parameter, "ds_tensor") or hasattr(parameter, "placements")
+    return sharding_of(parameter) is not None
 
 
 def whole_in_forward(module: torch.nn.Module, parameter: torch.nn.Parameter | None):
-    """A parameter of a module's child, to compute with in the module's own forward.
-
-    ZeRO-3 holds it whole in the child's forward only; told once, in this module's as well.
-    """
-    if hasattr(parameter, "ds_tensor") and parameter.numel() == 0:
-        from deepspeed import zero
-
-        zero.register_external_parameter(module, parameter)
-        parameter.all_gather()
-    return parameter
+    """A parameter of a module's child, to compute with in the module's own forward."""
+    sharding = None if parameter is None else sharding_of(parameter)
+    return parameter if sharding is None else sharding.whole_in_forward(module, parameter)
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -188,12 +222,13 @@ def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 def whole_shape(parameter: torch.Tensor) -> tuple[int, ...]:
     """Shape of a parameter over all processes, sharded or not."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+    sharding = sharding_of(parameter)
+    return tuple(parameter.shape) if sharding is None else sharding.shape(parameter)
 
 
 def whole_numel(parameter: torch.Tensor) -> int:
     """Number of elements of a parameter over all processes, sharded or not."""
-    return getattr(parameter, "ds_numel", None) or parameter.numel()
+    return prod(whole_shape(parameter))
 
 
 def any_nonzero(weight: torch.Tensor) -> bool:
@@ -237,10 +272,8 @@ def write_neurons(
     local = local_shard(weight, layout)
     here, there = layout.selected_mask(index.to(local.device), process_rank())
     local[here] = rows.to(local).flatten()[there]
-    if layout.kind == "zero3" and weight.numel():
-        # Small parameters stay gathered (stage3_param_persistence_threshold): the copy that
-        # forwards read must follow.
-        whole = weight.data.view(layout.rows, layout.columns)
+    whole = _shardings()[layout.kind].whole_copy(weight)
+    if whole is not None:
         write_whole_neurons(whole, layout.neurons_are_columns, index, rows)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..config.spft_config import SpftConfig
-from ..distributed import sum_over_processes
+from ..distributed.processes import sum_over_processes
 from ..tuner.layer import SpftLinear
 from .class_column import RowClasses
 

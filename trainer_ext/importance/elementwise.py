@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ..distributed import Block, local_shard, process_rank, sum_over_processes
+from ..distributed.processes import process_rank, sum_over_processes
+from ..distributed.shards import Block, local_shard
 from ..tuner.layer import SpftLinear
 from .base import wide_dtype
 

@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-from ..distributed import ShardLayout, any_process, process_rank, world_size
+from ..distributed.processes import any_process, process_rank, world_size
+from ..distributed.shards import ShardLayout
 
 # renamed in torch 2.13
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..distributed import keeps_client_optimizer
+from ..distributed.engines import engine_of
 from ..errors import SpftError
 from ..tuner.marks import trained_parameters
 from .adamw import SelectedNeuronAdamW
@@ -111,7 +111,7 @@ class SelectedNeuronOptimizerMixin:
     def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model=None) -> tuple[Any, Any]:
         """As the trainer's, which transformers and Axolotl ask for the class."""
         choice = selected_neuron_optimizer(args)
-        if choice is None or model is None or not keeps_client_optimizer(self):
+        if choice is None or model is None or not engine_of(self).keeps_client_optimizer(self):
             return super().get_optimizer_cls_and_kwargs(args, model)
         trained = set(map(id, trained_parameters(model)))  # marks them, too
         others = [

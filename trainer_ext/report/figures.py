@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..distributed import local_tensor, whole_numel, world_size
+from ..distributed.processes import world_size
+from ..distributed.shards import local_tensor, whole_numel
 from ..errors import in_plain_words
 from ..files.atomic import write_bytes
 from ..ranking.scores import ImportanceScores

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 import torch
 import torch.distributed as dist
 
-from ..distributed import world_size
+from ..distributed.processes import world_size
 from ..errors import SpftError
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

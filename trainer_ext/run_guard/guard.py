@@ -12,7 +12,9 @@ from torch import nn
 from torch.distributed.distributed_c10d import _get_default_store
 from transformers import Trainer, TrainerCallback
 
-from ..distributed import bare_model, is_sharded, process_rank, world_size
+from ..distributed.engine import bare_model
+from ..distributed.processes import process_rank, world_size
+from ..distributed.shards import is_sharded
 from ..tuner.model import deltas
 from ..tuner.targets import name_in_base_model
 from .agreement import check_agreement, check_same_values, checksums

@@ -9,7 +9,8 @@ import json
 from torch import nn
 from transformers import Trainer
 
-from ..distributed import Engine, whole_shape
+from ..distributed.engines import engine_of
+from ..distributed.shards import whole_shape
 from ..tuner.model import is_selected
 from ..versions import package_versions
 from .agreement import Fact
@@ -60,7 +61,7 @@ def run_facts(trainer: Trainer, model: nn.Module, adapter_name: str) -> dict[str
         trainer: prepared and about to train, at its first step or at the one it resumes from.
     """
     facts: dict[str, Fact] = {f"version of {n}": v for n, v in package_versions().items()}
-    facts["engine"] = Engine.of(trainer).name
+    facts["engine"] = engine_of(trainer).name
     config = model.peft_config[adapter_name]
     for field in dataclasses.fields(config):
         if field.name not in _OWN_FIELDS:

@@ -18,14 +18,10 @@ from ..calibration.fingerprints import DataFingerprint
 from ..calibration.run import load_scores, measure_importance, select_by_scores
 from ..config.registry import METRICS
 from ..config.spft_config import SpftConfig
-from ..distributed import (
-    Engine,
+from ..distributed.engine import (
     bare_model,
-    keep_one_dtype_whole,
-    note_trained_parameters,
-    refuse_unsupported_engine,
-    release_gathered_weights,
 )
+from ..distributed.engines import engine_of, release_gathered_weights
 from ..errors import SpftError, in_plain_words
 from ..importance.class_column import calibrates_by_class, hide_classes
 from ..ranking.scores import ImportanceScores
@@ -120,7 +116,7 @@ class SpftCallback(TrainerCallback):
         self._step_started = time.perf_counter()
 
     def on_optimizer_step(self, args, state, control, **kwargs) -> None:
-        if Engine.of(self.trainer).steps_copies:
+        if engine_of(self.trainer).steps_copies:
             model = bare_model(self.trainer)
             write_through(model, active_spft_adapter(model))
 
@@ -156,10 +152,10 @@ class SpftCallback(TrainerCallback):
 
     def _prepared_model(self) -> tuple[PeftModel, str]:
         """The model that is about to be trained or calibrated, and its SPFT adapter's name."""
-        refuse_unsupported_engine(self.trainer)
+        engine = engine_of(self.trainer)
+        engine.refuse_unsupported(self.trainer)
         model = bare_model(self.trainer)
-        note_trained_parameters(model)
-        keep_one_dtype_whole(self.trainer.model_wrapped)
+        engine.before_first_forward(model, self.trainer.model_wrapped)
         adapter_name = active_spft_adapter(model)
         if calibrates_by_class(model.peft_config[adapter_name]):
             hide_classes(model)  # model_init may have made another model
@@ -185,7 +181,7 @@ class SpftCallback(TrainerCallback):
             batches = self.trainer.run_guard.noting(data.noting(first_batches(trainer, count)))
             batches = (batch.prepared() for batch in batches)
             scores = measure_importance(model, batches, adapter_name, on_batch=bar.update)
-        release_gathered_weights(model, engine=trainer.model_wrapped)
+        release_gathered_weights(model, trainer.model_wrapped)
         if scores.batches < count:
             logger.warning(
                 "SPFT calibrated on %d batches instead of calibration_batches = %d: one epoch of "

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import ShardLayout, is_sharded
+from ..distributed.shards import ShardLayout, is_sharded
 from ..errors import SpftError
 
 # bitsandbytes' layers by their classes' names: it need not be installed, and an engine may put

@@ -7,7 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from ..distributed import ShardLayout, read_neurons, whole_in_forward, write_neurons
+from ..distributed.shards import ShardLayout, read_neurons, whole_in_forward, write_neurons
 from ..errors import SpftError
 from .base_layers import (
     dense_weight,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import contextmanager
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -229,19 +228,6 @@ def selection_buffers(model: nn.Module) -> list[str]:
         if isinstance(module, NeuronDelta)
         for buffer in module.saved_buffers
     ]
-
-
-@contextmanager
-def buffers_out_of_state_dict(model: nn.Module):
-    """Meanwhile `state_dict` leaves out which neurons are selected; buffers stay as they are."""
-    modules = [module for module in model.modules() if isinstance(module, NeuronDelta)]
-    for module in modules:
-        module._non_persistent_buffers_set.update(module.saved_buffers)
-    try:
-        yield
-    finally:
-        for module in modules:
-            module._non_persistent_buffers_set.difference_update(module.saved_buffers)
 
 
 def is_selected(model: nn.Module, adapter_name: str = "default") -> bool:

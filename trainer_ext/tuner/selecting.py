@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..distributed import any_nonzero
+from ..distributed.shards import any_nonzero
 from ..errors import SpftError
 from ..ranking.selection import NeuronSelection
 from .model import adapter_config, is_selected, layer_sizes, spft_layers

@@ -15,7 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from ..distributed import from_main_process, is_sharded
+from ..distributed.processes import from_main_process
+from ..distributed.shards import is_sharded
 from ..errors import SpftError
 from ..files.adapter_file import AdapterFile
 from ..files.base_checkpoint import BaseCheckpoint

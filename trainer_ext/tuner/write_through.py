@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..distributed import ShardLayout, is_sharded, write_neurons, write_whole_neurons
+from ..distributed.shards import ShardLayout, is_sharded, write_neurons, write_whole_neurons
 from .base_layers import quantisation_of
 
 _ALONE, _STEPPED = "_spft_alone", "_spft_stepped"

@@ -11,16 +11,13 @@ from adapters import wrapped
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer_ext.distributed import (
-    ShardLayout,
-    keep_from_broadcast,
-    local_shard,
+from trainer_ext.distributed.engine import keep_from_broadcast
+from trainer_ext.distributed.processes import (
+    communication_device,
     mean_over_processes,
-    read_neurons,
     sum_over_processes,
-    write_neurons,
 )
-from trainer_ext.distributed.processes import communication_device
+from trainer_ext.distributed.shards import ShardLayout, local_shard, read_neurons, write_neurons
 from trainer_ext.tuner.model import deltas, selection_buffers
 
 

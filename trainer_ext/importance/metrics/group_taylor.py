@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ...config.registry import register
-from ...distributed import any_process, mean_over_processes
+from ...distributed.processes import any_process, mean_over_processes
 from ..base import ImportanceMetric, chunks, wide_dtype
 from ..taps import Tap, tapped
 

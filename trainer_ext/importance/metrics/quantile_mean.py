@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 
 from ...config.registry import register
-from ...distributed import sum_over_processes, world_size
+from ...distributed.processes import sum_over_processes, world_size
 from ...errors import SpftError
 from ..class_column import CLASS_KEY
 from .group_taylor import OutputProduct, OutputProductMetric, add_products

@@ -16,7 +16,7 @@ import torch
 from transformers.pytorch_utils import Conv1D
 
 from ...config.registry import register
-from ...distributed import world_size
+from ...distributed.processes import world_size
 from ...errors import SpftError
 from ..base import ImportanceMetric
 from ..elementwise import sum_over_inputs

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 
 from ...config.registry import register
-from ...distributed import sum_over_processes
+from ...distributed.processes import sum_over_processes
 from ..base import ImportanceMetric, chunks, wide_dtype
 from ..elementwise import sum_over_inputs
 

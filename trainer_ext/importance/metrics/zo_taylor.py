@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ...config.registry import register
-from ...distributed import mean_over_processes
+from ...distributed.processes import mean_over_processes
 from ...ranking.stability import rank_correlation
 from ...tuner.base_layers import quantisation_of
 from ..base import ImportanceMetric
