@@ -6,17 +6,30 @@ adapter: prune_spft
 ```
 """
 
-try:
-    from trainer_ext.versions import imports_explained
+# Names are imported when they are asked for: `spft --help` needs neither Axolotl nor torch.
+__all__ = ["SPFTArgs", "SPFTPlugin"]
 
-    with imports_explained("axolotl"):
-        from .args import SPFTArgs
-        from .plugin import SPFTPlugin
 
-    __all__ = ["SPFTArgs", "SPFTPlugin"]
-except ImportError as error:
-    # Axolotl imports every plugin that is installed, also for YAMLs that have no use for it.
-    from .stand_in import refusing_plugin
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    try:
+        from trainer_ext.versions import imports_explained
 
-    SPFTPlugin = refusing_plugin(error)
-    __all__ = ["SPFTPlugin"]
+        with imports_explained("axolotl"):
+            from .args import SPFTArgs
+            from .plugin import SPFTPlugin
+    except ImportError as error:
+        if name != "SPFTPlugin":
+            raise
+        # Axolotl imports every plugin that is installed, also for YAMLs that have no use for it.
+        from .stand_in import refusing_plugin
+
+        globals()[name] = refusing_plugin(error)
+        return globals()[name]
+    globals().update(SPFTArgs=SPFTArgs, SPFTPlugin=SPFTPlugin)
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

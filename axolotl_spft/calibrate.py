@@ -15,8 +15,7 @@ from axolotl.utils.tee import close_debug_log
 
 from trainer_ext import ImportanceScores, SpftError
 
-from .args import in_yaml_words
-from .plugin import ADAPTER, NAME, SPFTCallback, SPFTPlugin, named_plugins
+from .plugin import ADAPTER, NAME, SPFTPlugin, YamlCallback, named_plugins
 
 # Keys that say what becomes of the scores, or what a run goes on with or leaves behind: without
 # them the calibration is the same.
@@ -83,7 +82,7 @@ class _Calibrated(BaseException):
         self.on_main_process = on_main_process
 
 
-class _CalibrateAndStop(SPFTCallback):
+class _CalibrateAndStop(YamlCallback):
     @classmethod
     def attach(cls, trainer, cfg) -> None:
         super().attach(trainer, cfg)
@@ -92,9 +91,7 @@ class _CalibrateAndStop(SPFTCallback):
         callbacks.insert(0, callbacks.pop())
 
     def on_train_begin(self, *args, **kwargs) -> None:
-        with in_yaml_words(self._cfg):
-            scores = self.calibrate()
-        raise _Calibrated(scores, self.trainer.is_world_process_zero())
+        raise _Calibrated(self.calibrate(), self.trainer.is_world_process_zero())
 
 
 def _run(file: Path) -> _Calibrated:

@@ -1,21 +1,31 @@
-"""The `spft` command; `spft calibrate` is `axolotl spft-calibrate` as well, and so is merge."""
+"""The `spft` command; its commands are `axolotl spft-calibrate` and `axolotl spft-merge`, too.
+
+What a command needs is imported when it runs: help comes at once, and merging needs no Axolotl.
+"""
 
 from __future__ import annotations
 
 import sys
+from contextlib import contextmanager
 
 import click
-import yaml
-
-from trainer_ext import SpftError, merge_checkpoint
-
-from .calibrate import calibrate_yaml
-from .plugin import show_mistake
 
 
 @click.group()
+@click.version_option(package_name="axolotl-spft", prog_name="axolotl-spft")
 def main() -> None:
     """Structured-pruning-based sparse fine-tuning."""
+
+
+@contextmanager
+def _mistakes_in_one_line():
+    from trainer_ext.errors import SpftError, show_mistake
+
+    try:
+        yield
+    except SpftError as error:
+        show_mistake(error)
+        sys.exit(1)
 
 
 @main.command(context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
@@ -28,11 +38,10 @@ def calibrate(ctx: click.Context, config: str, output: str) -> None:
     A training run selects by them with spft_importance_file. Keys of the YAML can be replaced by
     --key=value. Several processes: accelerate launch -m axolotl_spft.cli calibrate ...
     """
-    try:
+    with _mistakes_in_one_line():
+        from .calibrate import calibrate_yaml
+
         scores = calibrate_yaml(config, output, _overrides(ctx.args))
-    except SpftError as error:
-        show_mistake(error)
-        sys.exit(1)
     if scores is not None:
         click.echo(
             f"axolotl-spft: {output} has the {scores.metric} scores of "
@@ -51,16 +60,19 @@ def merge(adapter: str, output: str, base: str | None) -> None:
     No model is loaded, so memory is small whatever the size. An adapter over a 4- or 8-bit base is
     merged into the 16-bit checkpoint.
     """
-    try:
+    with _mistakes_in_one_line():
+        from trainer_ext import merge_checkpoint
+
         merge_checkpoint(adapter, output, base)
-    except SpftError as error:
-        show_mistake(error)
-        sys.exit(1)
     click.echo(f"axolotl-spft: {output} has the merged model")
 
 
 def _overrides(arguments: list[str]) -> dict:
     """Keys of the YAML and their values from `--key=value` or `--some-key=value`."""
+    import yaml
+
+    from trainer_ext import SpftError
+
     overrides = {}
     for argument in arguments:
         name, separator, text = argument.partition("=")

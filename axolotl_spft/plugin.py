@@ -10,10 +10,10 @@ import torch
 from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from axolotl.utils.dict import DictDefault
 from peft import PeftModel, get_peft_model
-from tqdm import tqdm
 
 from trainer_ext import SpftCallback, SpftError, prepare_trainer
-from trainer_ext.errors import in_plain_words
+from trainer_ext.errors import in_plain_words, show_mistake
+from trainer_ext.training.methods import TrainerMethods
 from trainer_ext.tuner.model import default_task_type
 from trainer_ext.versions import check_versions
 
@@ -35,7 +35,7 @@ ADAPTER = "prune_spft"
 NAME = "axolotl_spft.SPFTPlugin"  # in `plugins`, and in Axolotl's list of what is installed
 
 
-class SPFTCallback(SpftCallback):
+class YamlCallback(SpftCallback):
     """SpftCallback whose messages name the YAML's keys."""
 
     logger = logging.getLogger("axolotl.spft")  # Axolotl shows INFO of its own loggers alone
@@ -47,14 +47,21 @@ class SPFTCallback(SpftCallback):
     @classmethod
     def attach(cls, trainer, cfg) -> None:
         """Let it take part in the training."""
-        prepare_trainer(trainer, partial(cls, cfg=cfg))
-
-    def on_train_begin(self, *args, **kwargs) -> None:
-        with in_yaml_words(self._cfg):
-            super().on_train_begin(*args, **kwargs)
+        prepare_trainer(trainer, partial(cls, cfg=cfg), _methods(cfg))
 
     def words(self, message: str) -> str:
         return in_plain_words(message, yaml_names(self._cfg))
+
+
+def _methods(cfg) -> type[TrainerMethods]:
+    """What SPFT adds to a trainer's methods, where mistakes name the YAML's keys."""
+
+    class YamlTrainerMethods(TrainerMethods):
+        def train(self, *args, **kwargs):
+            with in_yaml_words(cfg):
+                return super().train(*args, **kwargs)
+
+    return YamlTrainerMethods
 
 
 class SPFTPlugin(BasePlugin):
@@ -64,7 +71,7 @@ class SPFTPlugin(BasePlugin):
         callback_class: carries the run; `spft calibrate` puts its own here.
     """
 
-    callback_class = SPFTCallback
+    callback_class = YamlCallback
 
     def register(self, cfg: dict) -> None:
         """Check the raw YAML, before Axolotl drops the keys that it does not know."""
@@ -194,14 +201,6 @@ def _refuse_ignored_adapter(cfg: dict) -> None:
             f"lora_model_dir is {cfg['lora_model_dir']!r} but adapter is not set, so the whole "
             f"model would be trained without it; set adapter: {ADAPTER}, or drop lora_model_dir"
         )
-
-
-def show_mistake(error: SpftError) -> None:
-    """Print a user's mistake as the last line."""
-    # An open bar would share its line with the message and show itself again at exit.
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
-    print(f"axolotl-spft: {error}", file=sys.stderr)
 
 
 def _show_mistakes_in_one_line(cfg: dict) -> None:

@@ -5,7 +5,7 @@ safetensors only. `SpftSFTTrainer` and `SpftDPOTrainer` need TRL, which is impor
 use.
 """
 
-from .versions import check_versions, imports_explained
+from .versions import check_versions, imports_explained, installed_version
 
 with imports_explained():
     from .calibration.run import measure_importance, select_by_scores, select_neurons
@@ -24,6 +24,7 @@ with imports_explained():
     from .tuner.selecting import apply_selection, current_selection
 
 register_spft()
+__version__ = installed_version()
 
 __all__ = [
     "ImportanceScores",
@@ -49,8 +50,15 @@ __all__ = [
 ]
 
 
+_OF_TRL = ("SpftDPOTrainer", "SpftSFTTrainer")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_OF_TRL])
+
+
 def __getattr__(name: str):
-    if name not in ("SpftSFTTrainer", "SpftDPOTrainer"):
+    if name not in _OF_TRL:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         with imports_explained("trl"):

@@ -1,9 +1,12 @@
-"""The one exception that a user's mistake raises."""
+"""The one exception that a user's mistake raises, and how it is shown."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
+
+from tqdm import tqdm
 
 _FIELD = re.compile(r"`(\w+)`")
 
@@ -32,3 +35,11 @@ class SpftError(ValueError):
     def within(self, what: str) -> SpftError:
         """The same error with what it happened to put before its message."""
         return SpftError(f"{what}: {self._marked}")
+
+
+def show_mistake(error: SpftError) -> None:
+    """Print a user's mistake as the last line."""
+    # An open bar would share its line with the message and show itself again at exit.
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(f"axolotl-spft: {error}", file=sys.stderr)

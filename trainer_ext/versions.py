@@ -41,6 +41,14 @@ def package_versions() -> dict[str, str]:
     return versions
 
 
+def installed_version() -> str:
+    """This package's version; "0" where it is imported from its sources without being installed."""
+    try:
+        return importlib.metadata.version(DISTRIBUTION)
+    except importlib.metadata.PackageNotFoundError:
+        return "0"
+
+
 def check_versions(extra: str | None = None) -> None:
     """Refuse versions of libraries that are too old, and warn once of those that are too new.
 

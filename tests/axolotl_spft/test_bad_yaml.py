@@ -31,7 +31,10 @@ YAML_ROWS = [
     ({"spft_density": 0, **NOT_BOTH}, ["spft_density is 0", "above 0"]),
     ({"spft_density": 1.5, **NOT_BOTH}, ["spft_density is 1.5", "above 0"]),
     ({"spft_density": "5%", **NOT_BOTH}, ["spft_density is '5%'", "valid number"]),
-    ({"spft_importance": "taylor2"}, ["spft_importance is 'taylor2'", "allowed: magnitude"]),
+    (
+        {"spft_importance": "taylor2"},
+        ["spft_importance is 'taylor2'", "allowed: group_taylor, magnitude"],
+    ),
     ({"spft_axis": "columns"}, ["spft_axis is 'columns'", "allowed: rows"]),
     ({"spft_calibration_batches": 0}, ["spft_calibration_batches is 0", "at least 1"]),
     ({"spft_seed": "x"}, ["spft_seed is 'x'", "valid integer"]),
@@ -133,14 +136,6 @@ YAML_ROWS = [
 ]
 # the same for what only the model or a file can tell; {folder} is the fixture's
 MODEL_ROWS = [
-    (
-        {"spft_r": 40},
-        ["spft_r is 40", "model.layers.0.self_attn.q_proj has 32", "lower spft_r to at most 32"],
-    ),
-    (
-        {"spft_r": None, "lora_r": 20},
-        ["spft_r (2 x lora_r) is 40", "q_proj has 32 neurons", "spft_exclude_modules"],
-    ),
     ({"spft_target_modules": ["nope"]}, ["spft_target_modules is ['nope']", "q_proj"]),
     ({"spft_target_modules": "nope.*"}, ["spft_target_modules is 'nope.*'", "q_proj"]),
     ({"lora_target_modules": ["nope"]}, ["lora_target_modules is ['nope']", "q_proj"]),

@@ -165,7 +165,11 @@ def test_promised_commands(assets, tmp_path, monkeypatch):
 
 MISTAKES = [
     ({"spft_importanc": "random"}, [], ["spft_importanc ", "did you mean spft_importance?"]),
-    ({"spft_r": 40}, [], ["spft_r is 40", "lower spft_r to at most 32"]),
+    (
+        {"spft_r_pattern": {"q_proj": 40}},
+        [],
+        ["spft_r_pattern gives layer", "40 neurons", "lower the number to at most 32"],
+    ),
     ({"fp16": True}, [], ["fp16 with spft_importance 'group_taylor'", "use bf16"]),
     ({}, ["--spft-r=0"], ["spft_r is 0", "at least 1"]),
     ({}, ["spft_r=4"], ["spft_r=4 is not understood", "--key=value"]),

@@ -19,7 +19,7 @@ from axolotl.integrations import base
 from axolotl_runs import lora_yaml, own_process_state, same_tensors, spft_yaml, train, write_yaml
 
 from axolotl_spft import SPFTPlugin
-from axolotl_spft.plugin import NAME, SPFTCallback
+from axolotl_spft.plugin import NAME, YamlCallback
 from axolotl_spft.stand_in import refusing_plugin
 from trainer_ext import SpftError
 
@@ -65,7 +65,7 @@ def test_every_way_trains_the_same_adapter(assets, tmp_path, install):
             run = train(spft_yaml(assets, plugins=plugins), tmp_path / way)
         assert same_tensors(run.tensors, named.tensors), way
         callbacks = run.trainer.callback_handler.callbacks
-        assert sum(isinstance(callback, SPFTCallback) for callback in callbacks) == 1, way
+        assert sum(isinstance(callback, YamlCallback) for callback in callbacks) == 1, way
 
 
 @finds_installed

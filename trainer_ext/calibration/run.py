@@ -48,7 +48,7 @@ def measure_importance(
         batches: for metrics that need data: model inputs, one dict an optimizer step; or objects
             with the methods of `CalibrationBatch`, or its `run` alone, for losses of another form.
             For quantile_mean, dicts have the rows' class ids under `CLASS_KEY`, which the model
-            never gets to see, neither now nor in training.
+            never gets to see.
         on_batch: called after each batch of each pass.
         loss: loss of the model on a dict.
 
@@ -61,8 +61,6 @@ def measure_importance(
     metric = METRICS[config.importance](layers, config, model)
     started = time.perf_counter()
     count = 0
-    if metric.needs_classes:
-        hide_classes(model)
     if metric.needs_data:
         passes = metric.passes()
         if len(passes) > 1:
@@ -181,12 +179,15 @@ def select_neurons(
 
     Args:
         model: a PEFT model with a fresh SPFT adapter.
-        batches, loss: see `measure_importance`.
+        batches, loss: see `measure_importance`. Class ids are hidden from the model in training,
+            too.
 
     Raises:
         SpftError: the metric needs data and `batches` is empty, or a score is not finite.
     """
     config = adapter_config(model, adapter_name)
+    if METRICS[config.importance].needs_classes:
+        hide_classes(model)
     if config.importance_file:
         scores = load_scores(config.importance_file, model, adapter_name)
     else:

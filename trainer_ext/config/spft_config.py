@@ -145,6 +145,9 @@ class SpftConfig(PeftConfig):
         "exact) or `adapter` (`start_adapter`); filled in, not given",
     )
 
+    # Adapter in the same model whose copy this one is; no field, so it is not saved.
+    copy_of = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = add_peft_type("SPFT")

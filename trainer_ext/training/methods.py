@@ -49,11 +49,11 @@ class TrainerMethods(SelectedNeuronOptimizerMixin, CheckpointMixin):
         return super().train(*args, **kwargs)
 
 
-def give_methods(trainer: Trainer) -> None:
-    """Let one trainer have `TrainerMethods`, by a class of its own that is made from its class."""
+def give_methods(trainer: Trainer, methods: type[TrainerMethods] = TrainerMethods) -> None:
+    """Let one trainer have these methods, by a class of its own that is made from its class."""
     if not isinstance(trainer, TrainerMethods):
         kind = type(trainer)
-        trainer.__class__ = type(kind.__name__, (TrainerMethods, kind), {"__module__": __name__})
+        trainer.__class__ = type(kind.__name__, (methods, kind), {"__module__": __name__})
     if not hasattr(trainer, "run_guard"):
         trainer.run_guard = RunGuard(trainer)
         trainer.add_callback(trainer.run_guard)

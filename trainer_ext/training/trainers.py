@@ -18,7 +18,9 @@ from .methods import TrainerMethods, give_methods
 
 
 def prepare_trainer(
-    trainer: Trainer, make_callback: Callable[[Trainer], SpftCallback] = SpftCallback
+    trainer: Trainer,
+    make_callback: Callable[[Trainer], SpftCallback] = SpftCallback,
+    methods: type[TrainerMethods] = TrainerMethods,
 ) -> SpftCallback:
     """Let a trainer of any class train the selected neurons of its model.
 
@@ -29,11 +31,12 @@ def prepare_trainer(
         trainer: any `transformers.Trainer`; changed in place. Its class becomes a subclass of what
             it was.
         make_callback: makes the callback.
+        methods: what is added to the trainer's own methods.
 
     Returns:
         the callback, which has the scores after training has begun.
     """
-    give_methods(trainer)
+    give_methods(trainer, methods)
     callback = make_callback(trainer)
     trainer.add_callback(callback)
     return callback

@@ -29,6 +29,7 @@ def settle_budgets(model: nn.Module, config) -> None:
         SpftError: a pattern matches no targeted layer, or the scores are not those of exactly the
             targeted layers, or not finite.
     """
+    _warn_of_whole_layers(model, config)
     if config.allocation == "uniform" and not any(getattr(config, key) for key in PATTERNS):
         return
     shapes = targeted_shapes(model, config)
@@ -53,6 +54,20 @@ def settle_budgets(model: nn.Module, config) -> None:
         len(config.allocated),
         config.importance_file,
     )
+
+
+def _warn_of_whole_layers(model: nn.Module, config) -> None:
+    shapes = targeted_shapes(model, config)
+    small = [name for name, (_, d_out) in shapes.items() if (config.r or 0) > d_out]
+    if small:
+        logger.warning(
+            "r is %d, and %d of %d targeted layers have fewer neurons, first %s: all of theirs are "
+            "trained",
+            config.r,
+            len(small),
+            len(shapes),
+            small[0],
+        )
 
 
 def _refuse_idle_pattern(config, layers: dict[str, tuple[int, int]]) -> None:

@@ -68,17 +68,13 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, config, name)
 
     def update_layer(self, adapter_name: str, config, name: str) -> None:
-        """Add an adapter to this layer.
-
-        An adapter with the very configuration of one that is here takes over its selection: TRL
-        makes its reference copy this way, and copies parameters but no buffers.
-        """
+        """Add an adapter to this layer, with the selection of the one that it is a copy of."""
         delta = NeuronDelta(
             config.neurons_of(name, self.out_features), self.in_features, self._anchor_dtype(config)
         )
-        twin = next((self.spft_delta[n] for n, c in self._configs.items() if c == config), None)
-        if twin is not None and twin.is_selected:
-            delta.select(twin.index.cpu(), twin.anchor)
+        if config.copy_of is not None and self.spft_delta[config.copy_of].is_selected:
+            copied = self.spft_delta[config.copy_of]
+            delta.select(copied.index.cpu(), copied.anchor)
         self.spft_delta[adapter_name] = delta
         self._configs[adapter_name] = config
         self._move_adapter_to_device_of_base_layer(adapter_name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import logging
+import copy
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -15,7 +15,7 @@ from .base_layers import is_linear
 from .budgets import settle_budgets
 from .delta import NeuronDelta
 from .layer import SpftLinear
-from .start_rows import forget_anchor, prepare_anchors, settle_anchor, take_over_start
+from .start_rows import prepare_anchors, settle_anchor, take_over_start
 from .targets import (
     default_target_modules,
     name_in_base_model,
@@ -25,8 +25,6 @@ from .targets import (
     warn_of_untrained,
 )
 from .write_through import note_lone_weights, rewrite
-
-logger = logging.getLogger(__name__)
 
 
 class SpftModel(BaseTuner):
@@ -53,8 +51,16 @@ class SpftModel(BaseTuner):
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
-        config = self.peft_config[adapter_name]
-        forget_anchor(config)
+        """As PEFT's, with a copy of the configuration, in which what is still open is filled in.
+
+        An adapter that is added with the very object that another one has in this model becomes a
+        copy of that adapter: TRL makes its reference so, and copies parameters but no buffers.
+        """
+        given = self.peft_config[adapter_name]
+        others = (name for name in self.peft_config if name != adapter_name)
+        copied = next((name for name in others if self.peft_config[name] is given), None)
+        config = self.peft_config[adapter_name] = copy.copy(given)
+        config.copy_of = copied
         is_fresh = config.anchor is None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         # PEFT condenses long lists into a set, which JSON cannot hold.
@@ -65,14 +71,6 @@ class SpftModel(BaseTuner):
         note_lone_weights(model, layers.values())
         if is_fresh:
             prepare_anchors(model, config, layers, adapter_name)
-        if config.anchor != "adapter" and all(
-            layer.spft_delta[adapter_name].is_selected for layer in layers.values()
-        ):
-            logger.warning(
-                "adapter %r has the configuration of another adapter and starts with its neurons; "
-                "give it a configuration of its own to select anew",
-                adapter_name,
-            )
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         restore_base(self.model)

@@ -46,7 +46,7 @@ def apply_selection(
         anchors = original_rows(model, layers, selection.index)
     for name, layer in layers.items():
         for other, delta in layer.spft_delta.items():
-            waits = model.peft_config[other] == config and not delta.is_selected
+            waits = model.peft_config[other].copy_of == adapter_name and not delta.is_selected
             if other == adapter_name or (waits and anchors):
                 delta.select(selection.index[name], anchors.get(name))
 

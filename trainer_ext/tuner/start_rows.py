@@ -40,7 +40,6 @@ _BROUGHT = (
     "layers_pattern",
 )
 _ALL = "all-linear"
-_GIVEN = "_spft_given_quant_init"  # marks configurations that were settled here, not loaded
 # NF4 leaves a tenth of a weight's norm as error; other weights differ by more than their norm.
 _MOST_ERROR = 0.5
 
@@ -79,12 +78,6 @@ def _unordered(value):
     return sorted(value) if isinstance(value, (list, set, tuple)) else value
 
 
-def forget_anchor(config) -> None:
-    """Make a configuration fresh again that was fresh when it was put into another model."""
-    if hasattr(config, _GIVEN):
-        config.anchor, config.quant_init = None, getattr(config, _GIVEN)
-
-
 def settle_anchor(config, layers: Iterable[nn.Module]) -> None:
     """Fill in a fresh configuration's `anchor`; of a loaded one nothing is changed.
 
@@ -97,7 +90,6 @@ def settle_anchor(config, layers: Iterable[nn.Module]) -> None:
     """
     if config.anchor is not None:
         return
-    setattr(config, _GIVEN, config.quant_init)
     kinds = sorted({kind for kind in map(quantisation_of, layers) if kind})
     if kinds and config.forward == "write_through":
         raise SpftError(

@@ -145,10 +145,10 @@ def test_a_dense_adapter_goes_on_over_the_quantised_base_from_its_own_rows(llama
 
 def test_a_configuration_used_for_a_dense_model_before_starts_exactly(llama, bits):
     config = SpftConfig(r=4, importance="magnitude")
-    get_peft_model(dense(llama), config)
-    assert config.anchor == "none"
-    get_peft_model(quantised(llama, bits), config)
-    assert config.anchor == "checkpoint"
+    assert get_peft_model(dense(llama), config).peft_config["default"].anchor == "none"
+    model = get_peft_model(quantised(llama, bits), config)
+    assert model.peft_config["default"].anchor == "checkpoint"
+    assert config.anchor is None
 
 
 def test_deltas_in_bf16_compute_what_the_same_values_in_fp32_do(llama):
