@@ -33,7 +33,7 @@ YAML_ROWS = [
     ({"spft_density": "5%", **NOT_BOTH}, ["spft_density is '5%'", "valid number"]),
     (
         {"spft_importance": "taylor2"},
-        ["spft_importance is 'taylor2'", "allowed: group_taylor, magnitude"],
+        ["spft_importance is 'taylor2'", "allowed: group_taylor"],
     ),
     ({"spft_axis": "columns"}, ["spft_axis is 'columns'", "allowed: rows"]),
     ({"spft_calibration_batches": 0}, ["spft_calibration_batches is 0", "at least 1"]),

@@ -150,8 +150,9 @@ def test_a_missing_column_is_named(assets, tmp_path, rl, rows, kind, parts):
 def test_a_mistake_that_trl_meets_is_told_in_the_yamls_words(assets, tmp_path, capsys):
     """TRL puts the adapter in, outside of the plugin's hooks."""
     with pytest.raises(SpftError) as caught:
-        train(preference_yaml(assets, "dpo", spft_r=40), tmp_path / "out")
+        config = preference_yaml(assets, "dpo", spft_r_pattern={"q_proj": 40})
+        train(config, tmp_path / "out")
     capsys.readouterr()
     sys.excepthook(SpftError, caught.value, None)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("axolotl-spft: spft_r is 40 but layer model.layers.0")
+    assert line.startswith("axolotl-spft: spft_r_pattern gives layer model.layers.0")
