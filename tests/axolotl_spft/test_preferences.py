@@ -149,8 +149,8 @@ def test_a_missing_column_is_named(assets, tmp_path, rl, rows, kind, parts):
 
 def test_a_mistake_that_trl_meets_is_told_in_the_yamls_words(assets, tmp_path, capsys):
     """TRL puts the adapter in, outside of the plugin's hooks."""
+    config = preference_yaml(assets, "dpo", spft_r_pattern={"q_proj": 40})
     with pytest.raises(SpftError) as caught:
-        config = preference_yaml(assets, "dpo", spft_r_pattern={"q_proj": 40})
         train(config, tmp_path / "out")
     capsys.readouterr()
     sys.excepthook(SpftError, caught.value, None)
