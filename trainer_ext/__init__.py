@@ -19,7 +19,7 @@ with imports_explained():
     from .training.trainers import SpftTrainer, SpftTrainerMixin, prepare_trainer
     from .tuner.layer import SpftLinear
     from .tuner.marks import trained_parameters
-    from .tuner.model import SpftModel, restore_base, write_through
+    from .tuner.model import SpftModel, restore_base, write_through, writing_through
     from .tuner.registration import register_spft
     from .tuner.selecting import apply_selection, current_selection
 
@@ -47,6 +47,7 @@ __all__ = [
     "select_neurons",
     "trained_parameters",
     "write_through",
+    "writing_through",
 ]
 
 

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..distributed.shards import ShardLayout, read_neurons, whole_in_forward, write_neurons
 from ..errors import SpftError
+from . import write_through
 from .base_layers import (
     dense_weight,
     layout_of,
@@ -18,15 +19,6 @@ from .base_layers import (
 )
 from .delta import NeuronDelta
 from .functional import overwrite_selected_outputs, track_selected_outputs
-from .write_through import (
-    WrittenRows,
-    follow_steps,
-    is_stepped,
-    is_whole,
-    put_back,
-    rewrite,
-    state_of,
-)
 
 
 class SpftLinear(nn.Module, BaseTunerLayer):
@@ -44,6 +36,8 @@ class SpftLinear(nn.Module, BaseTunerLayer):
     Attributes:
         calibrating: the forward serves to select neurons; an unselected adapter is no mistake then.
         written: the rows of the base weight that hold an adapter's update, if any do.
+        kept_in_file: W0's rows (index, rows) of a state dict that is being loaded.
+        name: in the base model.
     """
 
     adapter_layer_names = ("spft_delta",)
@@ -59,11 +53,11 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         self._rows_before_merge: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._configs: dict[str, object] = {}
         self.calibrating = False
-        self.written: WrittenRows | None = None
-        self._kept_in_file: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._name = name
-        self.register_load_state_dict_post_hook(_settle_loaded)
-        follow_steps(self)
+        self.written: write_through.WrittenRows | None = None
+        self.kept_in_file: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.name = name
+        self.register_load_state_dict_post_hook(write_through.settle_loaded)
+        write_through.follow_steps(self)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config, name)
 
@@ -89,7 +83,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
 
     def delete_adapter(self, adapter_name: str) -> None:
         if self.written is not None and self.written.adapter == adapter_name:
-            self.restore()
+            write_through.end(self)
         super().delete_adapter(adapter_name)
         self._configs.pop(adapter_name, None)
 
@@ -97,6 +91,15 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         """As PEFT's, which looks for attributes that are not there: that costs in every forward."""
         base = self._modules["base_layer"]
         return base if type(base) in (nn.Linear, Conv1D) else super().get_base_layer()
+
+    @property
+    def base_weight(self) -> torch.Tensor:
+        """The base layer's weight as this process holds it."""
+        return self.get_base_layer()._parameters["weight"]
+
+    def config_of(self, adapter_name: str):
+        """The SpftConfig of an adapter."""
+        return self._configs[adapter_name]
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
         deltas = self.spft_delta
@@ -107,7 +110,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             return self._start_output(active, x, *args, **kwargs)
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if len(active) == 1 and self._holds_update(active[0], deltas[active[0]]):
+        if len(active) == 1 and write_through.holds_update(self, active[0], deltas[active[0]]):
             y = self.base_layer(x, *args, **kwargs)
             delta = deltas[active[0]]
             weight = delta.weight
@@ -122,7 +125,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             # Adding an unselected adapter's zeros gives the same.
             if torch.compiler.is_compiling() or delta.is_selected:
                 y = delta(y, x, self._bias() if adapter_name == anchored else None)
-            elif self._trains(delta):
+            elif self.trains(delta):
                 raise SpftError(
                     f"SPFT adapter {adapter_name!r} is being trained before its neurons are "
                     "selected; train with SpftTrainer or SpftCallback, or call "
@@ -131,7 +134,8 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             # Not selected and not trained: delta is zero, the layer is the base layer.
         return y
 
-    def _trains(self, delta: NeuronDelta) -> bool:
+    def trains(self, delta: NeuronDelta) -> bool:
+        """Whether this forward is one of a training of the delta."""
         return (
             self.training
             and torch.is_grad_enabled()
@@ -171,61 +175,6 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             y = self._base_output(x, *args, **kwargs)
         return self.spft_delta[anchored].start(y, x, self._bias())
 
-    def _holds_update(self, adapter_name: str, delta: NeuronDelta) -> bool:
-        """Whether the base weight holds W0 + the adapter's delta; sees to it where that is due."""
-        written = self.written
-        if torch.compiler.is_compiling():
-            return written is not None and written.adapter == adapter_name
-        if written is None:
-            due = self._trains(delta) and is_stepped(delta.held_weight)
-        elif written.adapter != adapter_name or not is_whole(self.get_base_layer().weight):
-            return False
-        else:
-            due = written.seen != state_of(delta)
-            if not due:
-                return True
-        if not (due and self.write_through(adapter_name)):
-            return False
-        rewrite([self])
-        return True
-
-    def write_through(self, adapter_name: str) -> bool:
-        """Keep W0's rows of the adapter's neurons, so that `rewrite` may write them.
-
-        Returns:
-            whether it may: the adapter's neurons are selected, its configuration allows it, no
-            adapter is merged and the base weight is whole. What is written is put back otherwise.
-
-        Raises:
-            SpftError: `forward` is "write_through" and the weight is sharded, offloaded, the
-                model's head, shared with another module or not the one that the adapter was put
-                around.
-        """
-        delta, mode = self.spft_delta[adapter_name], self._configs[adapter_name].forward
-        whole = is_whole(self.get_base_layer().weight)
-        if mode == "write_through" and not whole:
-            raise SpftError(
-                f"`forward` is 'write_through' but the weight of {self._name} is sharded, "
-                "offloaded, the model's head, used by another module too, or was replaced after "
-                "the adapter was put in; set `forward` to 'auto' or 'delta'"
-            )
-        possible = mode != "delta" and whole and delta.is_selected and not self.merged
-        written = self.written
-        if written is not None and (
-            not possible or written.adapter != adapter_name or not written.is_for(delta)
-        ):
-            self.restore()
-        if possible and self.written is None:
-            index = delta.index.clone()
-            self.written = WrittenRows(adapter_name, index, self.rows(index).clone())
-        return possible
-
-    def restore(self) -> None:
-        """Put W0 back, bit for bit, where rows of the base weight hold an adapter's update."""
-        if self.written is not None:
-            put_back(self)
-            self.written = None
-
     def _apply(self, fn, recurse: bool = True):
         # The kept rows go where the weight goes. As a buffer, DDP would send them in every forward.
         super()._apply(fn, recurse)
@@ -235,17 +184,10 @@ class SpftLinear(nn.Module, BaseTunerLayer):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.written is not None:
-            # The weight is saved as it is, to spare a copy of it. With these whoever loads the
-            # whole model gets W0: beside a delta, written rows would count twice.
-            destination[prefix + _KEPT_ROWS] = self.written.rows
-            destination[prefix + _KEPT_INDEX] = self.written.index
+        write_through.keep_in_state_dict(self, destination, prefix)
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        rows, index = (state_dict.pop(prefix + key, None) for key in (_KEPT_ROWS, _KEPT_INDEX))
-        if prefix + "base_layer.weight" in state_dict:
-            # Nothing of what is in the weight now will be left.
-            self._kept_in_file = (index, rows)
+        write_through.take_from_state_dict(self, state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -264,7 +206,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
                 "neurons again; merge into the original checkpoint: spft merge ADAPTER -o FOLDER, "
                 "or trainer_ext.merge_checkpoint"
             )
-        self.restore()
+        write_through.end(self)
         names = check_adapters_to_merge(self, adapter_names) or []
         names = [name for name in names if name in self.spft_delta]
         anchored = self._anchored([*self.merged_adapters, *names])
@@ -285,7 +227,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
                     f"adapter {name!r} has non-finite values and was not merged; "
                     "merge an earlier checkpoint"
                 )
-            self._write_rows(delta.index, new_rows)
+            self.write_rows(delta.index, new_rows)
             self._rows_before_merge[name] = (delta.index.clone(), old_rows)
             self.merged_adapters.append(name)
 
@@ -293,7 +235,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         """Restore the base weight to its values before the merges, exactly."""
         while self.merged_adapters:
             # kept by themselves: the adapter may have been deleted since
-            self._write_rows(*self._rows_before_merge.pop(self.merged_adapters.pop()))
+            self.write_rows(*self._rows_before_merge.pop(self.merged_adapters.pop()))
 
     def shard_layout(self) -> ShardLayout:
         """Which elements of the dense base weight each process holds."""
@@ -306,7 +248,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
 
     def dense_weight(self) -> torch.Tensor:
         """The base weight as stored; a quantised one dequantised, (d_out, d_in)."""
-        return dense_weight(self.get_base_layer(), self._name)
+        return dense_weight(self.get_base_layer(), self.name)
 
     def rows(self, index: torch.Tensor) -> torch.Tensor:
         """The base weight of the neurons `index`, (len(index), d_in), in the base dtype.
@@ -322,7 +264,8 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             rows = torch.where(is_kept, self.written.rows[place], rows)
         return rows
 
-    def _write_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
+    def write_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
+        """Write (len(index), d_in) weights of the neurons `index` into the base weight."""
         write_neurons(self.get_base_layer().weight, self.shard_layout(), index, rows)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -343,19 +286,3 @@ class SpftLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "spft." + super().__repr__()
-
-
-# Names that also lead to the tensors by attributes, as torch.distributed.checkpoint asks.
-_KEPT_ROWS, _KEPT_INDEX = "written.rows", "written.index"
-
-
-def _settle_loaded(layer: SpftLinear, incompatible_keys) -> None:
-    """Put the base weight in order after a state dict has been loaded into it or the adapter."""
-    written = layer.written
-    if layer._kept_in_file is not None:
-        index, rows = layer._kept_in_file
-        layer._kept_in_file = layer.written = None
-        if rows is not None:
-            layer._write_rows(index, rows)
-    if written is not None and layer.write_through(written.adapter):
-        rewrite([layer])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
@@ -24,7 +26,7 @@ from .targets import (
     targeted_layers,
     warn_of_untrained,
 )
-from .write_through import note_lone_weights, rewrite
+from .write_through import begin, end, note_lone_weights, rewrite
 
 
 class SpftModel(BaseTuner):
@@ -203,9 +205,18 @@ def write_through(model: nn.Module, adapter_name: str = "default") -> int:
             sharded, offloaded, the model's head, shared with another module or replaced.
     """
     layers = spft_layers(model, adapter_name).values()
-    written = [layer for layer in layers if layer.write_through(adapter_name)]
+    written = [layer for layer in layers if begin(layer, adapter_name)]
     rewrite(written)
     return len(written)
+
+
+@contextmanager
+def writing_through(model: nn.Module, adapter_name: str = "default") -> Iterator[int]:
+    """`write_through` while inside, W0 again after it, whatever happens; for loops of your own."""
+    try:
+        yield write_through(model, adapter_name)
+    finally:
+        restore_base(model)
 
 
 def restore_base(model: nn.Module) -> None:
@@ -215,7 +226,7 @@ def restore_base(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, SpftLinear):
-            module.restore()
+            end(module)
 
 
 def selection_buffers(model: nn.Module) -> list[str]:

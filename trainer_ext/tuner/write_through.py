@@ -1,7 +1,9 @@
-"""Rows of a base weight that hold W0 + delta while an adapter trains, with W0's own kept.
+"""Write-through: base weights hold W0 + delta in their selected rows while an adapter trains.
 
-The forward of such a layer is the plain linear layer's. Every rewriting starts from the kept rows,
-so nothing adds up, and whatever interrupts it, the next forward or `restore` sets things right.
+The forward of such a layer is the plain linear layer's. W0's own rows are kept, and every rewriting
+starts from them: nothing adds up, and after whatever interrupts it, the next forward or `end` sets
+things right. `begin` keeps the rows, `rewrite` follows the deltas after each step, and `end` puts
+W0's rows back.
 """
 
 from __future__ import annotations
@@ -16,9 +18,13 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..distributed.shards import ShardLayout, is_sharded, write_neurons, write_whole_neurons
+from ..errors import SpftError
 from .base_layers import quantisation_of
 
 _ALONE, _STEPPED = "_spft_alone", "_spft_stepped"
+# Names of the kept rows in a layer's state dict. They also lead to the tensors by attributes, as
+# torch.distributed.checkpoint asks.
+_KEPT_ROWS, _KEPT_INDEX = "written.rows", "written.index"
 # Elements of deltas that are added to their rows together, by type of device: kernels are costly to
 # start on a GPU; on a CPU one layer's sums still lie in the cache when they are copied.
 _BUCKET_ELEMENTS = defaultdict(lambda: 2**24, cpu=0)
@@ -26,13 +32,13 @@ _BUCKET_ELEMENTS = defaultdict(lambda: 2**24, cpu=0)
 
 @dataclass
 class WrittenRows:
-    """What a layer keeps while its base weight holds an adapter's update.
+    """What a layer keeps while its base weight holds an adapter's update: `SpftLinear.written`.
 
     Attributes:
         adapter: name of the adapter.
         index: int64 (r,), the rows that are written.
         rows: (r, d_in), what the base weight had there, in its own dtype.
-        seen: `state_of` the delta that the rows hold; None while they hold something uncertain.
+        seen: state of the delta that the rows hold; None while they hold something uncertain.
     """
 
     adapter: str
@@ -42,7 +48,7 @@ class WrittenRows:
 
     def is_for(self, delta) -> bool:
         """Whether these are the neurons of a NeuronDelta; looks at the device only if unsure."""
-        unchanged = self.seen is not None and self.seen[2:] == state_of(delta)[2:]
+        unchanged = self.seen is not None and self.seen[2:] == _state_of(delta)[2:]
         return unchanged or torch.equal(self.index, delta.index)
 
     def moved(self, fn) -> WrittenRows:
@@ -50,7 +56,102 @@ class WrittenRows:
         return WrittenRows(self.adapter, fn(self.index), fn(self.rows), None)
 
 
-def state_of(delta) -> tuple:
+def begin(layer, adapter_name: str) -> bool:
+    """Keep W0's rows of an adapter's neurons, so that `rewrite` may write them.
+
+    Returns:
+        whether it may: the adapter's neurons are selected, its configuration allows it, no adapter
+        is merged and the base weight is whole. What is written is put back otherwise.
+
+    Raises:
+        SpftError: `forward` is "write_through" and the weight is sharded, offloaded, the model's
+            head, shared with another module or not the one that the adapter was put around.
+    """
+    delta, mode = layer.spft_delta[adapter_name], layer.config_of(adapter_name).forward
+    whole = _is_whole(layer.get_base_layer().weight)
+    if mode == "write_through" and not whole:
+        raise SpftError(
+            f"`forward` is 'write_through' but the weight of {layer.name} is sharded, offloaded, "
+            "the model's head, used by another module too, or was replaced after the adapter was "
+            "put in; set `forward` to 'auto' or 'delta'"
+        )
+    possible = mode != "delta" and whole and delta.is_selected and not layer.merged
+    written = layer.written
+    if written is not None and (
+        not possible or written.adapter != adapter_name or not written.is_for(delta)
+    ):
+        end(layer)
+    if possible and layer.written is None:
+        index = delta.index.clone()
+        layer.written = WrittenRows(adapter_name, index, layer.rows(index).clone())
+    return possible
+
+
+def holds_update(layer, adapter_name: str, delta) -> bool:
+    """Whether the base weight holds W0 + the adapter's delta; sees to it where that is due.
+
+    It is due where the delta trains and a torch optimizer has stepped it, and wherever it was
+    changed by other means since the rows were written.
+    """
+    written = layer.written
+    if torch.compiler.is_compiling():
+        return written is not None and written.adapter == adapter_name
+    if written is None:
+        # Not before a step: who steps copies and writes back through `.data`, as DeepSpeed does,
+        # could not be followed.
+        if not (layer.trains(delta) and getattr(delta.held_weight, _STEPPED, False)):
+            return False
+    elif written.adapter != adapter_name or not getattr(layer.base_weight, _ALONE, False):
+        return False
+    elif written.seen == _state_of(delta):
+        return True
+    if not begin(layer, adapter_name):
+        return False
+    rewrite([layer])
+    return True
+
+
+@torch.no_grad()
+def end(layer) -> None:
+    """Put W0 back, bit for bit, where rows of the base weight hold an adapter's update."""
+    written = layer.written
+    if written is not None:
+        written.seen = None
+        _put(layer, written.index, written.rows)
+        layer.written = None
+
+
+def keep_in_state_dict(layer, destination: dict, prefix: str) -> None:
+    """Save W0's rows beside the weight, which is saved as it is, to spare a copy of it.
+
+    Whoever loads the whole model gets W0: beside a delta, written rows would count twice.
+    """
+    if layer.written is not None:
+        destination[prefix + _KEPT_ROWS] = layer.written.rows
+        destination[prefix + _KEPT_INDEX] = layer.written.index
+
+
+def take_from_state_dict(layer, state_dict: dict, prefix: str) -> None:
+    """Before a state dict is loaded: take out of it what `keep_in_state_dict` has put there."""
+    rows, index = (state_dict.pop(prefix + key, None) for key in (_KEPT_ROWS, _KEPT_INDEX))
+    if prefix + "base_layer.weight" in state_dict:
+        # Nothing of what is in the weight now will be left.
+        layer.kept_in_file = (index, rows)
+
+
+def settle_loaded(layer, incompatible_keys=None) -> None:
+    """Put the base weight in order after a state dict has been loaded into it or the adapter."""
+    written = layer.written
+    if layer.kept_in_file is not None:
+        index, rows = layer.kept_in_file
+        layer.kept_in_file = layer.written = None
+        if rows is not None:
+            layer.write_rows(index, rows)
+    if written is not None and begin(layer, written.adapter):
+        rewrite([layer])
+
+
+def _state_of(delta) -> tuple:
     """Changes whenever a NeuronDelta's weight or index does, but for writes through `.data`."""
     weight, index = delta.held_weight, delta.held_index
     return weight.data_ptr(), weight._version, index.data_ptr(), index._version
@@ -74,7 +175,7 @@ def note_lone_weights(model: nn.Module, layers: Iterable) -> None:
         setattr(weight, _ALONE, is_dense and holders.get(id(weight)) == 1 and not is_head)
 
 
-def is_whole(weight: torch.Tensor) -> bool:
+def _is_whole(weight: torch.Tensor) -> bool:
     """Whether this process holds all of a dense weight, for itself and for good."""
     return (
         getattr(weight, _ALONE, False)
@@ -82,14 +183,6 @@ def is_whole(weight: torch.Tensor) -> bool:
         and weight.device.type != "meta"
         and weight.is_floating_point()
     )
-
-
-def is_stepped(weight: torch.Tensor) -> bool:
-    """Whether a torch optimizer has stepped this very parameter.
-
-    DeepSpeed and others step copies and write back through `.data`, which nothing here would see.
-    """
-    return getattr(weight, _STEPPED, False)
 
 
 @torch.no_grad()
@@ -106,7 +199,7 @@ def rewrite(layers: Iterable) -> None:
         rounded = _rounded_sums(starts, deltas, [written.rows.dtype for _, written, _ in bucket])
         for (layer, written, delta), rows in zip(bucket, rounded, strict=True):
             _put(layer, written.index, rows)
-            written.seen = state_of(delta)
+            written.seen = _state_of(delta)
 
 
 def _rounded_sums(
@@ -128,13 +221,6 @@ def _rounded_sums(
     rounded = [torch.empty_like(s, dtype=dtype) for s, dtype in zip(sums, dtypes, strict=True)]
     torch._foreach_copy_(rounded, sums)
     return rounded
-
-
-@torch.no_grad()
-def put_back(layer) -> None:
-    """Write W0's own rows back; the layer still counts as written, with an uncertain content."""
-    layer.written.seen = None
-    _put(layer, layer.written.index, layer.written.rows)
 
 
 def _put(layer, index: torch.Tensor, rows: torch.Tensor) -> None:
@@ -194,6 +280,6 @@ def _after_step(optimizer, args, kwargs) -> None:
                 written.seen = None
                 due.append(layer)
             elif layer.active_adapters == [name] and not in_backward:
-                layer.restore()  # this adapter trains now; its next forward writes its rows
+                end(layer)  # this adapter trains now; its next forward writes its rows
     if not in_backward:
         rewrite(due)
