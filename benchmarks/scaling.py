@@ -1,4 +1,4 @@
-"""Prints the tables of docs/scaling.md: bytes sent, memory and time for 1 to 512 GPUs, by formula.
+"""Prints the tables of docs/scaling.md: bytes sent and memory for 1 to 512 GPUs, by formula.
 
 python benchmarks/scaling.py bytes --model 8b --r 64
 """
@@ -11,18 +11,10 @@ from pathlib import Path
 
 from measuring import positive
 from scaling_bytes import METRICS, calibration_payload, step_payload, wire_bytes
-from scaling_cost import (
-    GIB,
-    Cluster,
-    accumulator_bytes,
-    calibration_seconds,
-    memory,
-    step_seconds,
-)
+from scaling_memory import GIB, accumulator_bytes, memory
 from scaling_model import SHAPES, STAGES, Model, Run, numel
 
 COUNTED = Path(__file__).parent / "results" / "traffic-tiny-cpu" / "figures.json"
-WORLDS = (1, 8, 16, 64, 128, 512)
 MEMORY_ROWS = (
     ("ddp", 8),
     ("zero1", 8),
@@ -30,8 +22,6 @@ MEMORY_ROWS = (
     *((s, n) for s in ("zero3", "fsdp2") for n in (8, 512)),
 )
 KINDS = ("all_reduce", "all_gather", "reduce_scatter")
-NETWORKS = {"infiniband": 320e9, "ethernet": 10e9}  # bytes/s between two nodes
-GPU_BYTES = 80e9
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -95,37 +85,6 @@ def memory_table(model: Model, args: argparse.Namespace) -> str:
     return table([*head, "`taylor` adds", "LoRA sum", "full sum"], rows)
 
 
-def time_table(model: Model, args: argparse.Namespace) -> str:
-    """Milliseconds of a step with perfect overlap and with none."""
-    on = Cluster(inter=NETWORKS[args.network])
-    columns = [("spft", "ddp"), ("spft", "fsdp2"), ("lora", "ddp"), ("lora", "fsdp2")]
-    columns.append(("full", "fsdp2"))
-    rows = []
-    for world in WORLDS:
-        cells = []
-        for method, stage in columns:
-            run = run_of(args, stage, world)
-            fits = sum(memory(model, run, method).values()) <= GPU_BYTES
-            times = step_seconds(model, run, method, args.tokens, args.seq_len, on)
-            cells.append(span(*times, 1e3) if fits else "-")
-        run = run_of(args, "fsdp2", world)
-        fits = sum(memory(model, run).values()) <= GPU_BYTES
-        times = calibration_seconds(
-            model, run, "group_taylor", args.batches, args.tokens, args.seq_len, on
-        )
-        rows.append([str(world), *cells, span(*times, 1) if fits else "-"])
-    head = [f"{method} {stage}, ms" for method, stage in columns]
-    return table(["GPUs", *head, "calibration fsdp2, s"], rows)
-
-
-def span(compute: float, communication: float, scale: float) -> str:
-    """The larger of the two, and the sum."""
-    least, most = max(compute, communication) * scale, (compute + communication) * scale
-    digits = 0 if scale > 1 else 1
-    texts = [f"{value:.{digits}f}" for value in (least, most)]
-    return texts[0] if texts[0] == texts[1] else "-".join(texts)
-
-
 def counted_table() -> str:
     """What tests/distributed/test_traffic.py counted in real processes, and the formula."""
     cells: dict[str, dict[tuple[str, str], str]] = {}
@@ -148,7 +107,6 @@ TABLES = {
     "bytes": bytes_table,
     "calibration": calibration_table,
     "memory": memory_table,
-    "time": time_table,
 }
 
 
@@ -168,9 +126,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--compact-bytes", type=positive, default=4, help="of a trained weight")
     parser.add_argument("--batches", type=positive, default=8, help="of a calibration")
     parser.add_argument("--directions", type=positive, default=5, help="of zo_taylor")
-    parser.add_argument("--tokens", type=positive, default=8192, help="of a step, on each GPU")
-    parser.add_argument("--seq-len", type=positive, default=4096)
-    parser.add_argument("--network", choices=NETWORKS, default="infiniband", help="between nodes")
     return parser.parse_args(argv)
 
 

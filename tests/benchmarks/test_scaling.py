@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import scaling
 from scaling_bytes import METRICS, calibration_payload, step_payload
-from scaling_cost import Cluster, flops_per_token, memory, step_seconds
+from scaling_memory import memory
 from scaling_model import SHAPES, STAGES, TINY, Model, Run, numel
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -79,13 +79,3 @@ def test_sharding_divides_memory():
         parts = memory(model, Run(stage, 64))
         assert parts["base"] == one["base"] / 64
         assert parts["kept"] == 0
-
-
-def test_a_frozen_backward_is_half_of_a_full_one():
-    model, on = Model(SHAPES["8b"], 1), Cluster()
-    run = Run("ddp", 1)
-    spft, full = (flops_per_token(model, run, method, 1) for method in ("spft", "full"))
-    assert spft / full == pytest.approx(4 / 6, rel=1e-3)
-    compute, communication = step_seconds(model, run, "spft", 8192, 4096, on)
-    assert compute > 0
-    assert communication == 0

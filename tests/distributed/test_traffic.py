@@ -6,7 +6,7 @@ each use) and FSDP2, r no multiple of the processes. All processes count the sam
 - No gradient of a base weight is ever sent in training: the reductions hold the compact rows alone,
   and a base twice as large with the same inputs changes nothing of a step under DDP. The counter
   would see them: full fine-tuning sends all of them.
-- A process holds what benchmarks/scaling_cost.py says: base, compact rows, moments, DeepSpeed's
+- A process holds what benchmarks/scaling_memory.py says: base, compact rows, moments, DeepSpeed's
   fp32 copies and the kept rows; under FSDP2, whose last processes have the padding, at most.
 - The Trainer's and the engines' own bookkeeping is named and counted, and small. DeepSpeed's checks
   of its first passes, which a calibration is, are bounded, and so is what the guard compares.
@@ -29,7 +29,7 @@ from scaling_bytes import (
     step_bookkeeping,
     step_payload,
 )
-from scaling_cost import memory
+from scaling_memory import memory
 from scaling_model import numel
 from traffic import Collective, bytes_by_kind, object_exchanges
 from traffic_worker import BATCHES, DIRECTIONS, FAMILIES, Case

@@ -121,7 +121,7 @@ class Marks(TrainerCallback):
 
 
 def held_bytes(trainer: Trainer) -> dict[str, int]:
-    """Bytes of this process by the names of `scaling_cost.memory`, while write-through lasts."""
+    """Bytes of this process by the names of `scaling_memory.memory`, while write-through lasts."""
     model = bare_model(trainer)
     found = {"base": 0, "values": 0, "kept": 0}
     for name, parameter in model.named_parameters():
