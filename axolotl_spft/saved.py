@@ -9,8 +9,8 @@ from peft import PeftConfig
 
 from trainer_ext import SpftConfig, SpftError
 from trainer_ext.checkpoints.folders import last_complete
-from trainer_ext.config.peft_type import add_peft_type
 from trainer_ext.config.spft_config import DEFAULT_R
+from trainer_ext.files.adapter_file import AdapterFile
 
 logger = logging.getLogger(__name__)
 
@@ -107,18 +107,9 @@ def check_resumed_adapter(cfg, config: SpftConfig) -> None:
 
 def _read(folder: str, seen: str) -> SpftConfig:
     try:
-        saved = PeftConfig.from_pretrained(folder)
-    except (ValueError, OSError):  # neither on this disk nor on the hub, or damaged
-        raise SpftError(
-            f"{seen}, where no readable adapter_config.json was found; "
-            "give the folder that a training run wrote (its output_dir or a checkpoint)"
-        ) from None
-    if saved.peft_type != add_peft_type("SPFT"):
-        raise SpftError(
-            f"{seen}, which holds a {saved.peft_type.value} adapter; "
-            "adapter: prune_spft goes on with SPFT adapters only"
-        )
-    return saved
+        return AdapterFile.read_config(folder)
+    except SpftError as error:
+        raise error.within(seen) from None
 
 
 def _budget(config: SpftConfig) -> dict[str, object]:

@@ -22,15 +22,33 @@ class SpftError(ValueError):
     The message names the key or file, what was seen, what is allowed and how to mend it. Front
     ends (the Axolotl plugin, scripts) print it without a traceback. In the source of a message,
     fields of SpftConfig stand in backticks, so that a front end can call them by its own names.
+
+    Args:
+        message: the whole line; without it, it is made of the others.
+        field: of SpftConfig, whose value is not allowed.
+        seen: that value.
+        allowed: what it may be, in words.
+        mend: what to do, where `allowed` does not say it.
+
+    Attributes:
+        field, seen, allowed, mend: as given.
     """
 
-    def __init__(self, message: str) -> None:
+    def __init__(
+        self, message: str = "", *, field: str = "", seen=None, allowed: str = "", mend: str = ""
+    ) -> None:
+        if field:
+            message = f"`{field}` is {seen!r}; allowed is {allowed}" + (mend and f"; {mend}")
         super().__init__(in_plain_words(message).replace("`", ""))
         self._marked = message
+        self.field, self.seen, self.allowed, self.mend = field, seen, allowed, mend
 
     def renamed(self, names: Mapping[str, str]) -> SpftError:
         """The same error with the fields in its message called by other names."""
-        return SpftError(_FIELD.sub(lambda m: f"`{names.get(m[1], m[1])}`", self._marked))
+        error = SpftError(_FIELD.sub(lambda m: f"`{names.get(m[1], m[1])}`", self._marked))
+        error.field = names.get(self.field, self.field)
+        error.seen, error.allowed, error.mend = self.seen, self.allowed, self.mend
+        return error
 
     def within(self, what: str) -> SpftError:
         """The same error with what it happened to put before its message."""

@@ -34,10 +34,8 @@ def check_share(key: str, value: object) -> None:
     """Refuse anything but a number in (0, 1] (booleans included)."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0.0 < value <= 1.0:
-        raise SpftError(
-            f"`{key}` is {value!r}; allowed is a share of the neurons above 0, up to 1, for "
-            "example 0.05"
-        )
+        allowed = "a share of the neurons above 0, up to 1, for example 0.05"
+        raise SpftError(field=key, seen=value, allowed=allowed)
 
 
 def as_numbers(key: str, value: object, check: Callable[[str, object], None]) -> dict | None:
@@ -51,9 +49,8 @@ def as_numbers(key: str, value: object, check: Callable[[str, object], None]) ->
     try:
         numbers = dict(value)
     except (TypeError, ValueError):
-        raise SpftError(
-            f"`{key}` is {value!r}; allowed is a number for each name, for example down_proj: 8"
-        ) from None
+        allowed = "a number for each name, for example down_proj: 8"
+        raise SpftError(field=key, seen=value, allowed=allowed) from None
     for name, number in numbers.items():
         try:
             check(key, number)
@@ -77,14 +74,14 @@ def check_layer_pattern(key: str, pattern: object) -> None:
 def check_positive_int(key: str, value: object) -> None:
     """Refuse anything but a whole number of at least 1 (booleans included)."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SpftError(f"`{key}` is {value!r}; allowed is a whole number of at least 1")
+        raise SpftError(field=key, seen=value, allowed="a whole number of at least 1")
 
 
 def check_positive_number(key: str, value: object) -> None:
     """Refuse anything but a finite number above 0 (booleans included)."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not 0 < value < math.inf:
-        raise SpftError(f"`{key}` is {value!r}; allowed is a number above 0")
+        raise SpftError(field=key, seen=value, allowed="a number above 0")
 
 
 def check_pattern(key: str, value: object) -> None:

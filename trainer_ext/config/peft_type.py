@@ -1,4 +1,4 @@
-"""The enum member under which PEFT knows SPFT."""
+"""SPFT: the enum member under which PEFT knows this method."""
 
 from __future__ import annotations
 
@@ -25,3 +25,6 @@ def add_peft_type(name: str) -> PeftType:
     PeftType._member_map_[name] = member
     PeftType._value2member_map_[name] = member
     return member
+
+
+SPFT = add_peft_type("SPFT")

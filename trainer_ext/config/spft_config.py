@@ -21,7 +21,7 @@ from .checks import (
     check_share,
     matches_layer,
 )
-from .peft_type import add_peft_type
+from .peft_type import SPFT
 from .registry import METRICS
 
 DEFAULT_R = 64
@@ -150,7 +150,7 @@ class SpftConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type("SPFT")
+        self.peft_type = SPFT
         # JSON has no sets, and a saved config must equal the one it came from.
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)

@@ -9,7 +9,7 @@ from peft import PeftConfig
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
-from ..config.peft_type import add_peft_type
+from ..config.peft_type import SPFT
 from ..config.spft_config import SpftConfig
 from ..errors import SpftError
 
@@ -44,7 +44,7 @@ class AdapterFile:
             config = PeftConfig.from_pretrained(folder)
         except (ValueError, OSError):
             raise _missing(folder, "adapter_config.json") from None
-        if config.peft_type != add_peft_type("SPFT"):
+        if config.peft_type != SPFT:
             raise SpftError(
                 f"the adapter {folder!r} is a {config.peft_type.value} adapter; give one of SPFT"
             )

@@ -128,7 +128,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
             elif self.trains(delta):
                 raise SpftError(
                     f"SPFT adapter {adapter_name!r} is being trained before its neurons are "
-                    "selected; train with SpftTrainer or SpftCallback, or call "
+                    "selected; train with SpftTrainer or prepare_trainer, or call "
                     "trainer_ext.select_neurons(model) first"
                 )
             # Not selected and not trained: delta is zero, the layer is the base layer.

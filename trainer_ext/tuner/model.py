@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from ..config.peft_type import add_peft_type
+from ..config.peft_type import SPFT
 from ..errors import SpftError
 from ..versions import check_versions
 from .base_layers import is_linear
@@ -151,7 +151,7 @@ def adapter_config(model: nn.Module, adapter_name: str = "default"):
         SpftError: the model has no SPFT adapter of that name.
     """
     config = getattr(model, "peft_config", {}).get(adapter_name)
-    if getattr(config, "peft_type", None) != add_peft_type("SPFT"):
+    if getattr(config, "peft_type", None) != SPFT:
         raise SpftError(
             f"{type(model).__name__} has no SPFT adapter named {adapter_name!r}; wrap it with "
             "peft.get_peft_model(model, SpftConfig(...))"
@@ -165,9 +165,8 @@ def active_spft_adapter(model) -> str:
     Raises:
         SpftError: there is none, or more than one.
     """
-    spft = add_peft_type("SPFT")
     active = (
-        [name for name in model.active_adapters if model.peft_config[name].peft_type == spft]
+        [name for name in model.active_adapters if model.peft_config[name].peft_type == SPFT]
         if isinstance(model, PeftModel)
         else []
     )
