@@ -133,7 +133,7 @@ def loss_after_writing(trainer, layers) -> torch.Tensor:
     index = torch.tensor([0, 5])
     for layer in layers.values():
         rows = layer.rows(index)
-        layer._write_rows(index, rows + 0.1)
+        layer.write_rows(index, rows + 0.1)
         assert torch.equal(layer.rows(index), rows + 0.1)
     with torch.no_grad():
         return bare_model(trainer).eval()(**batch(8)).loss
