@@ -98,7 +98,7 @@ def rewritten(model, batches) -> dict:
     layers = spft_layers(model)
     before = {name: layer.rows(index) for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer._write_rows(index, before[name] + 0.1)
+        layer.write_rows(index, before[name] + 0.1)
     after = {name: layer.rows(index) for name, layer in layers.items()}
     untouched = {name: layer.rows(torch.tensor([1, 12])) for name, layer in layers.items()}
     with torch.no_grad():
