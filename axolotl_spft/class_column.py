@@ -14,12 +14,13 @@ from axolotl.datasets import TokenizedPromptDataset
 from axolotl.utils.data import sft, shared
 
 from trainer_ext import SpftError
+from trainer_ext.config.registry import METRICS
 
 
 def calibrates_by_class(cfg) -> bool:
     """Whether a configuration, raw or validated, needs the class of every row."""
     return (
-        cfg.get("spft_importance") == "quantile_mean"
+        getattr(METRICS.get(cfg.get("spft_importance")), "needs_classes", False)
         and not cfg.get("spft_importance_file")
         and not cfg.get("lora_model_dir")  # its neurons are chosen
     )

@@ -26,11 +26,18 @@ class Engine:
         name: as users call it: "one process", "DDP", "ZeRO-2", "FSDP2".
         steps_copies: the optimizer steps copies of the parameters, which the engine writes back.
         divides_state: each process holds but a part of the optimizer's state.
+        waits_in: parts of the paths of files in which a thread waits for other processes.
     """
 
     name = "one process"
     steps_copies = False
     divides_state = False
+    # collectives, and the backward with DDP's
+    waits_in: tuple[str, ...] = (
+        "/torch/distributed/",
+        "/torch/nn/parallel/",
+        "/torch/autograd/graph.py",
+    )
 
     @classmethod
     def of(cls, trainer: Trainer) -> Engine | None:

@@ -20,6 +20,8 @@ from types import CodeType
 
 import torch.distributed as dist
 
+from ..distributed.engine import Engine
+from ..distributed.engines import ENGINES
 from .verdict import DONE, FAILED, GO_ON, LEFT, LOST, RUNNING, Board, Record, Verdict, judge
 
 logger = logging.getLogger(__name__)
@@ -27,13 +29,8 @@ logger = logging.getLogger(__name__)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: the same command may succeed later
 _VERDICT = "verdict"
 _LEAVING = 10.0  # seconds that a process which has raised may take to its exit
-# Where a training thread stands while it waits for others: collectives, and backward with DDP's.
-_WAITING = (
-    "/torch/distributed/",
-    "/torch/nn/parallel/",
-    "/torch/autograd/graph.py",
-    "/deepspeed/comm/",
-)
+# Where a training thread stands while it waits for others.
+_WAITING = tuple(place for kind in (Engine, *ENGINES) for place in kind.waits_in)
 
 
 class Watchdog:

@@ -102,6 +102,9 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         return self._configs[adapter_name]
 
     def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        delta = write_through.written_delta(self)
+        if delta is not None:
+            return self._tracked_output(delta, x, *args, **kwargs)
         deltas = self.spft_delta
         active = [name for name in self.active_adapters if name in deltas]
         if self.disable_adapters:
@@ -111,12 +114,7 @@ class SpftLinear(nn.Module, BaseTunerLayer):
         if self.merged:
             return self.base_layer(x, *args, **kwargs)
         if len(active) == 1 and write_through.holds_update(self, active[0], deltas[active[0]]):
-            y = self.base_layer(x, *args, **kwargs)
-            delta = deltas[active[0]]
-            weight = delta.weight
-            if weight.requires_grad and torch.is_grad_enabled():
-                y = track_selected_outputs(y, x, weight, delta.index)
-            return y
+            return self._tracked_output(deltas[active[0]], x, *args, **kwargs)
         y = self._base_output(x, *args, **kwargs)
         anchored = self._anchored(active)
         for adapter_name in sorted(active, key=lambda name: name != anchored):
@@ -132,6 +130,14 @@ class SpftLinear(nn.Module, BaseTunerLayer):
                     "trainer_ext.select_neurons(model) first"
                 )
             # Not selected and not trained: delta is zero, the layer is the base layer.
+        return y
+
+    def _tracked_output(self, delta: NeuronDelta, x: torch.Tensor, *args, **kwargs):
+        """The output where the base weight holds the update; delta gets its gradient from it."""
+        y = self._modules["base_layer"](x, *args, **kwargs)
+        weight = delta.held_weight
+        if weight.requires_grad and torch.is_grad_enabled():
+            y = track_selected_outputs(y, x, weight, delta.held_index)
         return y
 
     def trains(self, delta: NeuronDelta) -> bool:

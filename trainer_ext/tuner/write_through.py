@@ -87,6 +87,25 @@ def begin(layer, adapter_name: str) -> bool:
     return possible
 
 
+def written_delta(layer):
+    """The only active adapter's NeuronDelta, if the base weight holds just that update; else None.
+
+    Asked in every forward, so it looks at plain attributes: at a few microseconds a layer the host
+    is what a GPU waits for.
+    """
+    written = layer.written
+    if written is None or layer._disable_adapters or layer.merged_adapters:
+        return None
+    adapter_name = written.adapter
+    if layer._active_adapter not in (adapter_name, [adapter_name]):
+        return None
+    delta = layer._modules["spft_delta"]._modules[adapter_name]
+    if torch.compiler.is_compiling():
+        return delta
+    is_current = written.seen == _state_of(delta) and getattr(layer.base_weight, _ALONE, False)
+    return delta if is_current else None
+
+
 def holds_update(layer, adapter_name: str, delta) -> bool:
     """Whether the base weight holds W0 + the adapter's delta; sees to it where that is due.
 

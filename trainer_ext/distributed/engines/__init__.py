@@ -14,6 +14,8 @@ from ..engine import Engine
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+ENGINES = tuple(Engine.__subclasses__())
+
 
 def engine_of(trainer: Trainer) -> Engine:
     """The engine of a trainer, as soon as it has been constructed.
@@ -26,7 +28,7 @@ def engine_of(trainer: Trainer) -> Engine:
             "SPFT does not train under torch.nn.DataParallel; start one process a GPU "
             "(accelerate launch --multi_gpu), or show one GPU by CUDA_VISIBLE_DEVICES"
         )
-    found = (kind.of(trainer) for kind in Engine.__subclasses__())
+    found = (kind.of(trainer) for kind in ENGINES)
     return next((engine for engine in found if engine is not None), None) or Engine()
 
 
@@ -36,5 +38,5 @@ def release_gathered_weights(model: nn.Module, wrapped: nn.Module | None = None)
     Args:
         wrapped: the trainer's prepared model, if there is a trainer.
     """
-    for kind in Engine.__subclasses__():
+    for kind in ENGINES:
         kind.release_gathered_weights(model, wrapped)

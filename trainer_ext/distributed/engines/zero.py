@@ -22,6 +22,7 @@ class ZeRO(Engine):
 
     steps_copies = True
     divides_state = True
+    waits_in = ("/deepspeed/comm/",)
 
     def __init__(self, stage: int) -> None:
         self.stage = stage
