@@ -13,6 +13,7 @@ import pickle
 import bitsandbytes
 import pytest
 import torch
+from adamw_reference import SelectedNeuronAdamWReference
 from optimizers import (
     SHAPES,
     assert_driven_to_the_same_bits,
@@ -25,7 +26,7 @@ from optimizers import (
 from torch.optim.lr_scheduler import LinearLR
 
 from trainer_ext import SelectedNeuronAdamW
-from trainer_ext.optim import SelectedNeuronAdamWReference, pieces
+from trainer_ext.optim import pieces
 from trainer_ext.optim.block_8bit import codebooks
 
 STEPS = 100

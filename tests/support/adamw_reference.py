@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .block_8bit import BLOCK, MIN_ELEMENTS, bitsandbytes_functional, codebooks
-from .pieces import ranges
-from .stochastic_rounding import random_bits
+from trainer_ext.optim.block_8bit import BLOCK, MIN_ELEMENTS, bitsandbytes_functional, codebooks
+from trainer_ext.optim.pieces import ranges
+from trainer_ext.optim.stochastic_rounding import random_bits
 
 
 class SelectedNeuronAdamWReference(Optimizer):
