@@ -13,6 +13,7 @@ import copy
 
 import pytest
 import torch
+from adamw_reference import SelectedNeuronAdamWReference
 from devices import DEVICE
 from optimizers import (
     assert_driven_to_the_same_bits,
@@ -24,7 +25,6 @@ from optimizers import (
 )
 
 from trainer_ext import SelectedNeuronAdamW
-from trainer_ext.optim import SelectedNeuronAdamWReference
 
 pytestmark = pytest.mark.cuda
 

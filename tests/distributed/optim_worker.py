@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from adamw_reference import SelectedNeuronAdamWReference
 from adapters import selected
 from engine_worker import start
 from processes import hand_over
@@ -23,7 +24,6 @@ from torch.distributed.tensor import DTensor
 
 from trainer_ext import SelectedNeuronAdamW, SpftError, trained_parameters
 from trainer_ext.distributed.shards import ShardLayout, read_neurons
-from trainer_ext.optim import SelectedNeuronAdamWReference
 from trainer_ext.report.figures import optimizer_state_bytes
 from trainer_ext.tuner.model import deltas
 

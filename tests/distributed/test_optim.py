@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adamw_reference import SelectedNeuronAdamWReference
 from forked import launch
 from optim_worker import OPTIONS, ZERO_CASES
-
-from trainer_ext.optim import SelectedNeuronAdamWReference
 
 WORLD = 2
 

@@ -1,12 +1,10 @@
 """AdamW for the parameters that SPFT trains, and the choice of it for a trainer."""
 
 from .adamw import SelectedNeuronAdamW
-from .adamw_reference import SelectedNeuronAdamWReference
 from .choice import SelectedNeuronOptimizerMixin, selected_neuron_optimizer
 
 __all__ = [
     "SelectedNeuronAdamW",
-    "SelectedNeuronAdamWReference",
     "SelectedNeuronOptimizerMixin",
     "selected_neuron_optimizer",
 ]

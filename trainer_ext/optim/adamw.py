@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from ..distributed.shards import local_tensor
 from ..errors import SpftError
 from ..tuner.marks import is_marked
-from .block_8bit import MIN_ELEMENTS, new_moments, update_8bit_
-from .hyperparameters import TORCH_KEYS, check_hyperparameters
-from .kernels import HALF, update_full_, update_half_
-from .pieces import Update
-from .state_dict import completed_groups, counter_device, fitting_state, moment_dtype
+from .block_8bit import has_8bit_moments, step_8bit_
+from .half import HALF, Update, is_fused, step_half_
+from .state_dict import (
+    TORCH_KEYS,
+    check_hyperparameters,
+    completed_groups,
+    fitting_state,
+    new_state,
+)
 
 MEND = "pass trainer_ext.trained_parameters(model)"
+# torch wraps the step of a class at its first instance, so that hooks are called around it. Here
+# it is without: SelectedNeuronAdamW's own step is wrapped, and hooks are to be called once.
+_step_of_torch = inspect.unwrap(torch.optim.AdamW.step)
 
 
-class SelectedNeuronAdamW(Optimizer):
+class SelectedNeuronAdamW(torch.optim.AdamW):
     """AdamW (Loshchilov & Hutter 2019) on the compact tensors that SPFT trains.
 
     Weight decay acts on the delta, so it pulls the selected neurons towards their pretrained
-    weights. fp32 and fp64 parameters are stepped by torch's kernels: the same bits as
-    torch.optim.AdamW, and state dicts go both ways. bf16 and fp16 parameters have fp32 moments and
-    no fp32 copy that stays: a step computes in fp32 on at most 2**24 elements at a time and rounds
-    back, bf16 stochastically, so that updates below its precision are kept in the mean.
+    weights. fp32 and fp64 parameters are stepped by torch.optim.AdamW: the same bits, and state
+    dicts go both ways. bf16 and fp16 parameters have fp32 moments and no fp32 copy that stays: a
+    step computes in fp32 on at most 2**24 elements at a time and rounds back, bf16 stochastically,
+    so that updates below its precision are kept in the mean.
 
     Memory: 8 bytes of state an element, 2.03 with `state_bits=8` (tensors of 4096 elements and
     more), and 4 a tensor. A step of 16-bit parameters takes up to 144 MiB for a moment.
@@ -65,23 +74,16 @@ class SelectedNeuronAdamW(Optimizer):
         stochastic_rounding: bool = True,
         seed: int = 0,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "state_bits": state_bits,
-            "foreach": foreach,
-            "fused": fused,
-            "stochastic_rounding": stochastic_rounding,
-            "seed": seed,
-            **TORCH_KEYS,
-        }
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"state_bits": state_bits, "foreach": foreach, "fused": fused}
+        defaults |= {"stochastic_rounding": stochastic_rounding, "seed": seed, **TORCH_KEYS}
         check_hyperparameters(defaults)
         params = params if isinstance(params, torch.Tensor) else list(params)
         if len(params) == 0:
             raise SpftError(f"there is no parameter to optimize; {MEND}")
-        super().__init__(params, defaults)
+        # Not AdamW's: it has no place for further hyperparameters, and with `fused` it asks
+        # GradScaler for scaled gradients, which only torch's fused kernel can unscale.
+        Optimizer.__init__(self, params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's.
@@ -115,49 +117,58 @@ class SelectedNeuronAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         first = 0
+        stepped: list[torch.Tensor] = []
+        torch_groups: list[dict[str, Any]] = []
         for group in self.param_groups:
-            self._step_group(group, first)
+            full, half = [], []
+            for position, parameter in enumerate(group["params"], first):
+                if parameter.grad is None:
+                    continue
+                _check_gradient(parameter, position)
+                if not self.state[parameter]:
+                    self.state[parameter] = new_state(parameter, group)
+                stepped.append(parameter)
+                if has_8bit_moments(parameter, group):
+                    step_8bit_(self._update(parameter, position), group)
+                elif parameter.dtype in HALF:
+                    half.append(self._update(parameter, position))
+                else:
+                    full.append(parameter)
+            step_half_(half, group)
+            torch_groups += _groups_by_kernel(full, group)
             first += len(group["params"])
-        return loss
-
-    def _step_group(self, group: dict[str, Any], first: int) -> None:
-        full, half = [], []
-        stepped = []
-        for position, parameter in enumerate(group["params"], first):
-            if parameter.grad is None:
-                continue
-            stepped.append(parameter)
-            state = self._state_of(parameter, group)
-            update = _local_update(parameter, state, position)
-            if state["exp_avg"].dtype == torch.uint8:
-                update_8bit_(update, group)
-                state["step"].fill_(update.step)
-            elif parameter.dtype in HALF:
-                half.append(update)
-            else:
-                full.append(update)
-        update_full_(full, group)
-        update_half_(half, group)
-        for update in half:
-            update.state["step"].fill_(update.step)
+        self._step_by_torch(torch_groups)
         # The fused kernel and bitsandbytes write past autograd; who caches values looks at this.
         torch.autograd.graph.increment_version(stepped)
+        return loss
 
-    def _state_of(self, parameter: torch.Tensor, group: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _update(self, parameter: torch.Tensor, position: int) -> Update:
         state = self.state[parameter]
-        if state:
-            return state
-        state["step"] = torch.zeros(
-            (), dtype=torch.float32, device=counter_device(parameter, group)
+        return Update(
+            value=local_tensor(parameter),
+            grad=_local_gradient(parameter),
+            state={key: local_tensor(value) for key, value in state.items()},
+            step=int(state["step"]) + 1,
+            position=position,
         )
-        if group["state_bits"] == 8 and parameter.numel() >= MIN_ELEMENTS:
-            _refuse_8bit(parameter)
-            state.update(new_moments(parameter))
-        else:
-            dtype = moment_dtype(parameter)
-            state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype)
-        return state
+
+    def _step_by_torch(self, groups: list[dict[str, Any]]) -> None:
+        """Let torch.optim.AdamW step the parameters of these groups alone."""
+        if not groups:
+            return
+        own, self.param_groups = self.param_groups, groups
+        try:
+            _step_of_torch(self)
+        finally:
+            self.param_groups = own
+
+    def _init_group(self, group, params, grads, exp_avgs, exp_avg_sqs, *others):
+        """As torch's, but of DTensors the local parts: shards are stepped by themselves."""
+        has_complex = super()._init_group(group, params, grads, exp_avgs, exp_avg_sqs, *others)
+        grads[:] = map(_local_gradient, params)
+        for tensors in (params, exp_avgs, exp_avg_sqs):
+            tensors[:] = map(local_tensor, tensors)
+        return has_complex
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state dict of this class or, with 32-bit moments, of torch.optim.AdamW.
@@ -180,15 +191,11 @@ class SelectedNeuronAdamW(Optimizer):
             self.state.update(state)
 
         # Around all other hooks' work: after the last change of the dict, before the first look.
-        hooks = (
+        with (
             self.register_load_state_dict_pre_hook(set_aside),
             self.register_load_state_dict_post_hook(put_in, prepend=True),
-        )
-        try:
+        ):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
 
 def _check_parameter(parameter: torch.Tensor, position: int, group: int) -> None:
@@ -201,35 +208,28 @@ def _check_parameter(parameter: torch.Tensor, position: int, group: int) -> None
         raise SpftError(f"{which} is {parameter.dtype}; it must be bf16, fp16, fp32 or fp64")
 
 
-def _refuse_8bit(parameter: torch.Tensor) -> None:
-    shape = tuple(parameter.shape)
-    if isinstance(parameter, DTensor):
-        raise SpftError(
-            f"state_bits is 8 but the parameter of shape {shape} is a DTensor (FSDP2), whose "
-            "shards the blocks of 8-bit moments would not follow into checkpoints; use "
-            "state_bits=32 (optimizer adamw_torch)"
-        )
-    if parameter.dtype == torch.float64:
-        raise SpftError(
-            f"state_bits is 8 but the parameter of shape {shape} is fp64; use state_bits=32"
-        )
-
-
-def _local_update(parameter: torch.Tensor, state: dict, position: int) -> Update:
-    """The update in plain tensors: element-wise maths needs nothing of other processes."""
-    grad = parameter.grad
-    if grad.layout != torch.strided:
+def _check_gradient(parameter: torch.Tensor, position: int) -> None:
+    if parameter.grad.layout != torch.strided:
         raise SpftError(
             f"parameter {position} of shape {tuple(parameter.shape)} has a sparse gradient; make "
             "its module compute dense ones (sparse=False)"
         )
-    counts_itself = parameter.dtype not in HALF and state["exp_avg"].dtype != torch.uint8
-    step = None if counts_itself else int(state["step"]) + 1
-    if isinstance(parameter, DTensor):
-        if grad.placements != parameter.placements:
-            grad = grad.redistribute(parameter.device_mesh, parameter.placements)
-        state = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in state.items()}
-        parameter, grad = parameter.to_local(), grad.to_local()
-    if grad.stride() != parameter.stride():
-        grad = torch.empty_like(parameter).copy_(grad)  # kernels walk through both alike
-    return Update(parameter, grad, state, step, position)
+
+
+def _groups_by_kernel(
+    parameters: list[torch.Tensor], group: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """A group of these parameters alone, divided by whether the fused kernel steps them."""
+    for fused in (True, False):
+        chosen = [p for p in parameters if is_fused(group, local_tensor(p)) == fused]
+        if chosen:
+            yield {**group, "params": chosen, "fused": fused or group["fused"]}
+
+
+def _local_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient as a plain tensor in the parameter's layout: kernels walk through both alike."""
+    value, grad = local_tensor(parameter), parameter.grad
+    if isinstance(parameter, DTensor) and grad.placements != parameter.placements:
+        grad = grad.redistribute(parameter.device_mesh, parameter.placements)
+    grad = local_tensor(grad)
+    return grad if grad.stride() == value.stride() else torch.empty_like(value).copy_(grad)

@@ -22,35 +22,12 @@ _BY_NAME: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"state_bits": 8},
     "adamw_bnb_8bit": {"state_bits": 8},
 }
-
-
-def _flag(text: str) -> bool:
-    try:
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    except KeyError:
-        raise ValueError("true or false") from None
-
-
-def _number(kind: type) -> Callable[[str], Any]:
-    def read(text: str) -> Any:
-        try:
-            return kind(text)
-        except ValueError:
-            raise ValueError("a number") from None
-
-    return read
-
-
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 # What `optim_args` may hold, and how its text is read.
 _OPTIONS: dict[str, Callable[[str], Any]] = {
-    "beta1": _number(float),
-    "beta2": _number(float),
-    "eps": _number(float),
-    "state_bits": _number(int),
-    "foreach": _flag,
-    "fused": _flag,
-    "stochastic_rounding": _flag,
-    "seed": _number(int),
+    **dict.fromkeys(("beta1", "beta2", "eps"), float),
+    **dict.fromkeys(("state_bits", "seed"), int),
+    **dict.fromkeys(("foreach", "fused", "stochastic_rounding"), lambda text: _FLAGS[text.lower()]),
 }
 
 
@@ -71,10 +48,7 @@ def selected_neuron_optimizer(args: TrainingArguments) -> tuple[type, dict[str, 
     if by_name is None:
         return None
     options = _read_options(args.optim_args)
-    betas = (
-        options.pop("beta1", args.adam_beta1),
-        options.pop("beta2", args.adam_beta2),
-    )
+    betas = (options.pop("beta1", args.adam_beta1), options.pop("beta2", args.adam_beta2))
     kwargs = {"lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
     if options.get("foreach") and "fused" not in options:
         by_name = {**by_name, "fused": None}
@@ -83,10 +57,8 @@ def selected_neuron_optimizer(args: TrainingArguments) -> tuple[type, dict[str, 
 
 def _read_options(text: str | None) -> dict[str, Any]:
     options = {}
-    for pair in (text or "").replace(" ", "").split(","):
+    for pair in filter(None, (text or "").replace(" ", "").split(",")):
         key, equals, value = pair.partition("=")
-        if not pair:
-            continue
         if not equals or key not in _OPTIONS:
             raise SpftError(
                 f"optim_args holds {pair!r}; it takes name=value of {', '.join(_OPTIONS)}, "
@@ -94,8 +66,9 @@ def _read_options(text: str | None) -> dict[str, Any]:
             )
         try:
             options[key] = _OPTIONS[key](value)
-        except ValueError as error:
-            raise SpftError(f"optim_args holds {pair!r}; {key} must be {error}") from None
+        except (KeyError, ValueError):
+            kind = "a number" if _OPTIONS[key] in (int, float) else "true or false"
+            raise SpftError(f"optim_args holds {pair!r}; {key} must be {kind}") from None
     return options
 
 

@@ -13,6 +13,7 @@ import pickle
 import bitsandbytes
 import pytest
 import torch
+from adamw_reference import SelectedNeuronAdamWReference
 from optimizers import (
     SHAPES,
     assert_driven_to_the_same_bits,
@@ -25,7 +26,7 @@ from optimizers import (
 from torch.optim.lr_scheduler import LinearLR
 
 from trainer_ext import SelectedNeuronAdamW
-from trainer_ext.optim import SelectedNeuronAdamWReference, pieces
+from trainer_ext.optim import half
 from trainer_ext.optim.block_8bit import codebooks
 
 STEPS = 100
@@ -98,7 +99,7 @@ def test_half_precision_has_the_bits_of_the_reference(dtype, stochastic):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_pieces_change_nothing_but_the_random_bits(monkeypatch, state_bits, dtype):
     """Tensors cut in pieces and put in several buckets: the twin with the same cuts, to the bit."""
-    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 1024)
+    monkeypatch.setattr(half, "PIECE_ELEMENTS", 1024)
     ours, twins, whole = compact(dtype), compact(dtype), compact(dtype)
     optimizer = SelectedNeuronAdamW(ours, foreach=False, state_bits=state_bits)
     twin = SelectedNeuronAdamWReference(twins, state_bits=state_bits)
@@ -210,6 +211,37 @@ def test_other_random_numbers_are_neither_used_nor_moved(dtype, mode):
         assert torch.equal(torch.get_rng_state(), before)
         results.append(parameters)
     assert same_bits(*results)
+
+
+def test_dtypes_may_be_mixed_in_a_group():
+    """Full and half precision in turn: the twin's bits, whose positions count all parameters."""
+
+    def mixed():
+        kinds = [compact(torch.float32), compact(torch.bfloat16), compact(torch.float16)]
+        return [parameter for alike in zip(*kinds, strict=True) for parameter in alike]
+
+    optimizer = SelectedNeuronAdamW(mixed(), foreach=False)
+    assert_driven_to_the_same_bits(optimizer, SelectedNeuronAdamWReference(mixed()), 5)
+    assert list(optimizer.state_dict()["state"]) == list(range(12))
+
+
+def test_hooks_are_called_once():
+    """Also where torch has wrapped the step of torch.optim.AdamW, at an instance of that."""
+    torch.optim.AdamW(compact())
+    optimizer, calls = SelectedNeuronAdamW(compact()), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    drive(optimizer, 1)
+    assert calls == ["before", "after"]
+
+
+def test_a_failed_step_leaves_the_groups():
+    optimizer = SelectedNeuronAdamW(compact(), foreach=True)
+    groups = optimizer.param_groups
+    groups[0]["lr"] = torch.tensor(0.1)
+    with pytest.raises(RuntimeError, match="lr as a Tensor"):
+        drive(optimizer, 1)
+    assert optimizer.param_groups is groups
 
 
 def test_decay_pulls_the_delta_to_zero():

@@ -10,7 +10,7 @@ from memory import StorageTracker
 from optimizers import compact, drive, set_gradients, state_of
 
 from trainer_ext import SelectedNeuronAdamW
-from trainer_ext.optim import pieces
+from trainer_ext.optim import half
 from trainer_ext.report.figures import optimizer_state_bytes
 
 # fp32 copies of parameter and gradient at first; then the parameter's, int32 draws, and a mask and
@@ -75,13 +75,13 @@ def test_a_fused_step_of_full_precision_takes_nothing(dtype):
 )
 def test_a_step_of_half_precision_takes_the_copies_of_one_piece(monkeypatch, dtype, shapes):
     """Twelve pieces' worth of elements in many small tensors, in one large, and in ragged ones."""
-    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 4096)
+    monkeypatch.setattr(half, "PIECE_ELEMENTS", 4096)
     peak = peak_of_a_step(compact(dtype, shapes=shapes))
     assert 8 * 4096 <= peak <= HALF_BYTES * 4096 + SMALL
 
 
 def test_an_8bit_step_of_fp32_is_bounded_by_a_piece_too(monkeypatch):
     """bitsandbytes' CPU kernel makes some fp32 copies of what it is given; a GPU's makes none."""
-    monkeypatch.setattr(pieces, "PIECE_ELEMENTS", 4096)
+    monkeypatch.setattr(half, "PIECE_ELEMENTS", 4096)
     peaks = [peak_of_a_step(compact(shapes=[(r, 64)]), state_bits=8) for r in (128, 1024)]
     assert peaks[0] == peaks[1] <= 32 * 4096 + SMALL

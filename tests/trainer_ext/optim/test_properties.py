@@ -4,12 +4,12 @@ for-loop kernel bit for bit, the others within rounding of the sums."""
 from __future__ import annotations
 
 import torch
+from adamw_reference import SelectedNeuronAdamWReference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optimizers import compact, drive, same_bits
 
 from trainer_ext import SelectedNeuronAdamW
-from trainer_ext.optim import SelectedNeuronAdamWReference
 
 SHAPES = st.lists(
     st.one_of(

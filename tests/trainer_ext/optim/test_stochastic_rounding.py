@@ -18,7 +18,7 @@ from optimizers import compact, same_bits
 from torch import nn
 
 from trainer_ext import SelectedNeuronAdamW
-from trainer_ext.optim.stochastic_rounding import (
+from trainer_ext.optim.half import (
     random_bits,
     round_stochastically_,
     write_back_,

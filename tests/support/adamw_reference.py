@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from .block_8bit import BLOCK, MIN_ELEMENTS, bitsandbytes_functional, codebooks
-from .pieces import ranges
-from .stochastic_rounding import random_bits
+from trainer_ext.optim import half
+from trainer_ext.optim.block_8bit import BLOCK, MIN_ELEMENTS, bitsandbytes_functional, codebooks
 
 
 class SelectedNeuronAdamWReference(Optimizer):
@@ -122,10 +121,8 @@ def _requantise(state: dict[str, torch.Tensor], m: torch.Tensor, v: torch.Tensor
 
 def _rounded_stochastically(theta: torch.Tensor, key: tuple) -> torch.Tensor:
     """Each element's neighbour in bf16: the one away from zero with the share of the way to it."""
-    bits = [
-        random_bits(torch.Size([last - first]), (*key, first), theta.device)
-        for first, last in ranges(theta.numel())
-    ]
+    pieces = torch.arange(theta.numel()).split(half.PIECE_ELEMENTS)
+    bits = [half.random_bits(piece.shape, (*key, int(piece[0])), theta.device) for piece in pieces]
     u = torch.cat(bits).view(theta.shape)  # uniform in 0 .. 2^16 - 1
     # Patterns of fp32 numbers of one sign are ordered as their magnitudes, as int64 without wraps.
     pattern = theta.contiguous().view(torch.int32).long() & 0xFFFFFFFF
