@@ -12,6 +12,8 @@ from trainer_ext.checkpoints.folders import last_complete
 from trainer_ext.config.spft_config import DEFAULT_R
 from trainer_ext.files.adapter_file import AdapterFile
 
+from .args import YAML_NAMES
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,7 +27,8 @@ def check_continued_adapter(cfg) -> None:
     saved = _read(folder, f"lora_model_dir is {folder!r}")
     bounds = {name: getattr(saved, name) for name in ("allocation_floor", "allocation_ceiling")}
     for field, has in {**_budget(saved), **bounds}.items():
-        key, wanted = f"spft_{field}", cfg[f"spft_{field}"]
+        key = YAML_NAMES[field]
+        wanted = cfg[key]
         if wanted is not None and _differ(wanted, has):
             raise SpftError(
                 f"{key} is {wanted} but the adapter in {folder!r} was made with "
@@ -51,11 +54,11 @@ def _warn_of_other_neurons(cfg, saved: SpftConfig) -> None:
     """Say which keys have no say any more, since the saved adapter's neurons are chosen."""
     differing = []
     for field in ("importance", "target_modules", "exclude_modules"):
-        wanted, has = cfg[f"spft_{field}"], getattr(saved, field)
+        wanted, has = cfg[YAML_NAMES[field]], getattr(saved, field)
         if isinstance(wanted, list) and isinstance(has, list):
             wanted, has = sorted(wanted), sorted(has)
         if wanted is not None and wanted != has:
-            differing.append(f"spft_{field}")
+            differing.append(YAML_NAMES[field])
     if differing:
         logger.warning(
             "the adapter in lora_model_dir %s keeps its own neurons; %s differs from what it was "
@@ -134,4 +137,5 @@ def _in_words(config: SpftConfig, field: str) -> str:
     if field in ("r", "density"):
         field = "r" if config.density is None else "density"
     value = _budget(config).get(field, getattr(config, field))
-    return f"no spft_{field}" if value is None else f"spft_{field} = {value}"
+    key = YAML_NAMES[field]
+    return f"no {key}" if value is None else f"{key} = {value}"

@@ -1,4 +1,4 @@
-"""Sums over the inputs of each neuron of something that depends on single weights.
+"""Per-neuron sums of element-wise weight terms.
 
 Every process computes what its own range of each weight contributes (`ShardLayout`), and one
 reduction adds the results up: no weight is ever gathered, and all processes get the same bits.
