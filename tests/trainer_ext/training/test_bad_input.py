@@ -179,9 +179,9 @@ CASES = {
         ),
         ["importance_file is", f"layer {Q_PROJ}: 1 of 32", "NaN or infinite"],
     ),
-    "r larger than a layer": (
-        lambda p: wrapped(r=20),
-        ["r is 20", "model.layers.0.self_attn.k_proj", "16 neurons", "lower r"],
+    "a pattern's r larger than a layer": (
+        lambda p: wrapped(r_pattern={"k_proj": 20}),
+        ["r_pattern gives layer", "model.layers.0.self_attn.k_proj", "20 neurons", "at most 16"],
     ),
     "tied head as target": (
         lambda p: wrapped(target_modules=["lm_head"]),
@@ -319,3 +319,11 @@ def test_front_ends_can_call_the_fields_by_their_own_names():
     assert str(error) == "r is 3 but r.layer has 2; lower r or use density"
     renamed = error.within("`file` x").renamed({"r": "spft_r", "density": "spft_density"})
     assert str(renamed) == "file x: spft_r is 3 but r.layer has 2; lower spft_r or use spft_density"
+
+
+def test_front_ends_can_read_what_was_seen_and_what_is_allowed():
+    with pytest.raises(SpftError) as raised:
+        SpftConfig(r=0)
+    error = raised.value.renamed({"r": "spft_r"})
+    assert (error.field, error.seen) == ("spft_r", 0)
+    assert str(error) == f"spft_r is 0; allowed is {error.allowed}"

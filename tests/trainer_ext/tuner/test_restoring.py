@@ -14,7 +14,7 @@ from tiny_models import batch, tiny_model
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from written import base_weights, gradients, is_base, logits, originals, step_once, training
 
-from trainer_ext import restore_base, write_through
+from trainer_ext import restore_base, write_through, writing_through
 from trainer_ext.tuner import write_through as written_rows
 from trainer_ext.tuner.model import deltas, spft_layers
 
@@ -152,6 +152,19 @@ def test_after_a_fault_the_run_goes_on_and_w0_comes_back(fault, tmp_path):
         torch.testing.assert_close(logits(model), logits(twin), rtol=1e-5, atol=1e-5)
         restore_base(model)
         assert is_base(model)
+
+
+def test_a_loop_of_ones_own_writes_through_inside_and_leaves_w0():
+    model = trained().train()
+    with writing_through(model) as written:
+        assert written == len(spft_layers(model))
+        assert not is_base(model)
+        expected = logits(model)
+    assert is_base(model)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(Fault), writing_through(model):
+        raise_fault()
+    assert is_base(model)
 
 
 # Files
