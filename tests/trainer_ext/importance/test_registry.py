@@ -1,5 +1,5 @@
-"""A metric is one class: registered under a name, it is a value of `importance`, and the neurons are
-those with its highest scores."""
+"""A metric is one class. Registered under a name, it is a value of `importance`, and the neurons
+are those with its highest scores."""
 
 from __future__ import annotations
 
