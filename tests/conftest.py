@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 os.environ |= {
@@ -17,6 +19,7 @@ os.environ |= {
     "TORCHINDUCTOR_COMPILE_THREADS": "1",
 }
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -31,3 +34,34 @@ def pytest_ignore_collect(collection_path, config):
         return None
     near = collection_path.is_relative_to(CUDA_TESTS) or CUDA_TESTS.is_relative_to(collection_path)
     return None if near else True
+
+
+def pytest_collection_finish():
+    freeze_imports()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    freeze_imports()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call():
+    freeze_imports()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # or native libraries complain at the interpreter's end
+
+
+_modules_frozen = 0
+
+
+def freeze_imports() -> None:
+    """Trainers collect garbage several times a run: half a second each, unless what has been
+    imported is kept out of it."""
+    global _modules_frozen
+    if len(sys.modules) > _modules_frozen + 20:
+        _modules_frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
