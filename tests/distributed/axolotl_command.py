@@ -1,6 +1,6 @@
 """`axolotl ARGUMENTS` as its console script calls it, in this process instead of a launcher's.
 
-    axolotl_command.py FOLDER ARGUMENTS
+axolotl_command.py FOLDER ARGUMENTS
 """
 
 from __future__ import annotations
