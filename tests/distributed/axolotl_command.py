@@ -1,7 +1,5 @@
-"""`axolotl ARGUMENTS` as its console script calls it, in this process instead of a launcher's.
-
-axolotl_command.py FOLDER ARGUMENTS
-"""
+"""axolotl_command.py FOLDER ARGUMENTS: `axolotl ARGUMENTS` as its console script calls it, which
+trains in this process and not in a launcher's."""
 
 from __future__ import annotations
 

@@ -129,6 +129,7 @@ def serve() -> None:
 
     if sys.argv[1] == "axolotl":
         import axolotl.cli.train
+        import axolotl.core.builders  # what every training would import
         import axolotl.train  # noqa: F401
     if sys.argv[1] == "trl":
         from trl import DPOTrainer  # noqa: F401
