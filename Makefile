@@ -42,9 +42,10 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# All but the tests marked `full`, file by file in so many processes at a time.
+# All but the tests marked `full`, file by file in so many processes at a time, in the order of
+# tests/conftest.py.
 WORKERS ?= 2
-PYTEST := -m pytest -n $(WORKERS) --dist loadfile
+PYTEST := -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: lint
 	$(BIN)/python $(PYTEST) $(PYTEST_ARGS)

@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import gc
-import sys
-
-_done: set[str] = set()
+from functools import cache
 
 
+@cache
 def import_once() -> None:
-    if "import" in _done:
-        return
     import axolotl.cli.train
     import axolotl.train  # noqa: F401
 
     _merge_schemas_once()
-    _freeze()
-    _done.add("import")
-
-
-def freeze_after_first_run() -> None:
-    """The first run has imported as much again."""
-    if "run" not in _done and "axolotl.core.trainers" in sys.modules:
-        _freeze()
-        _done.add("run")
-
-
-def _freeze() -> None:
-    """Axolotl collects garbage seven times a run; what is here now needs no looking through."""
-    gc.collect()
-    gc.freeze()
 
 
 def _merge_schemas_once() -> None:

@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 import yaml
-from axolotl_once import freeze_after_first_run, import_once
+from axolotl_once import import_once
 from packaging.version import Version
 from quantised import save_base
 from safetensors.torch import load_file
@@ -360,4 +360,3 @@ def own_process_state():
         sys.path[:] = path
         os.environ.clear()
         os.environ.update(environment)
-        freeze_after_first_run()

@@ -7,6 +7,7 @@ They are ordinary processes on gloo with torchrun's environment variables; only 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -128,10 +129,15 @@ def serve() -> None:
 
     if sys.argv[1] == "axolotl":
         import axolotl.cli.train
+        import axolotl.core.builders  # what every training would import
         import axolotl.train  # noqa: F401
     if sys.argv[1] == "trl":
         from trl import DPOTrainer  # noqa: F401
     torch.set_num_threads(1)
+    # Trainers collect garbage several times a run: in a fork that would look through all of the
+    # above, and copy the pages that it is on.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         print(json.dumps(_fork(json.loads(line))), file=answers, flush=True)
 
