@@ -156,7 +156,7 @@ def test_data_of_a_run_that_stopped_before_any_checkpoint_is_made_anew(quickstar
 
 def test_a_failed_training_is_told_and_leaves_no_result(tiny, tmp_path, capsys):
     config = yaml.safe_load(tiny.CONFIG.read_text())
-    tiny.CONFIG.write_text(yaml.safe_dump(config | {"spft_r": 9999}))
+    tiny.CONFIG.write_text(yaml.safe_dump(config | {"spft_r_pattern": {"q_proj": 9999}}))
     assert tiny.main([]) != 0
     assert "axolotl train ended with exit code" in capsys.readouterr().err
     assert not (tmp_path / "result.json").exists()
