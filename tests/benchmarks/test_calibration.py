@@ -209,7 +209,6 @@ def test_what_a_row_is_compared_with_is_measured_too():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "tiny", "--r", "1000"], "r is 1000"),
         (["--zo-directions", "0"], "0 is not at least 1"),
         (["--rows", "nothing"], "invalid choice"),
     ],
