@@ -6,29 +6,31 @@ adapter: prune_spft
 ```
 """
 
+import importlib
+
 # Names are imported when they are asked for: `spft --help` needs neither Axolotl nor torch.
+_HOMES = {"SPFTArgs": "args", "SPFTPlugin": "plugin"}
 __all__ = ["SPFTArgs", "SPFTPlugin"]
 
 
 def __getattr__(name: str):
-    if name not in __all__:
+    if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from trainer_ext.versions import imports_explained
 
         with imports_explained("axolotl"):
-            from .args import SPFTArgs
-            from .plugin import SPFTPlugin
+            home = importlib.import_module(f".{_HOMES[name]}", __name__)
+            value = getattr(home, name)
     except ImportError as error:
         if name != "SPFTPlugin":
             raise
         # Axolotl imports every plugin that is installed, also for YAMLs that have no use for it.
         from .stand_in import refusing_plugin
 
-        globals()[name] = refusing_plugin(error)
-        return globals()[name]
-    globals().update(SPFTArgs=SPFTArgs, SPFTPlugin=SPFTPlugin)
-    return globals()[name]
+        value = refusing_plugin(error)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

@@ -39,7 +39,17 @@ def calibrate(ctx: click.Context, config: str, output: str) -> None:
     --key=value. Several processes: accelerate launch -m axolotl_spft.cli calibrate ...
     """
     with _mistakes_in_one_line():
-        from .calibrate import calibrate_yaml
+        from trainer_ext import SpftError
+
+        try:
+            from .calibrate import calibrate_yaml
+        except ModuleNotFoundError as error:
+            if (error.name or "").split(".")[0] != "axolotl":
+                raise
+            mend = "pip install 'axolotl-spft[axolotl]'"
+            raise SpftError(
+                f"spft calibrate needs Axolotl, which is not installed: {mend}"
+            ) from None
 
         scores = calibrate_yaml(config, output, _overrides(ctx.args))
     if scores is not None:

@@ -37,7 +37,7 @@ class SpftError(ValueError):
     def __init__(
         self, message: str = "", *, field: str = "", seen=None, allowed: str = "", mend: str = ""
     ) -> None:
-        if field:
+        if not message:
             message = f"`{field}` is {seen!r}; allowed is {allowed}" + (mend and f"; {mend}")
         super().__init__(in_plain_words(message).replace("`", ""))
         self._marked = message
@@ -45,14 +45,15 @@ class SpftError(ValueError):
 
     def renamed(self, names: Mapping[str, str]) -> SpftError:
         """The same error with the fields in its message called by other names."""
-        error = SpftError(_FIELD.sub(lambda m: f"`{names.get(m[1], m[1])}`", self._marked))
-        error.field = names.get(self.field, self.field)
-        error.seen, error.allowed, error.mend = self.seen, self.allowed, self.mend
-        return error
+        message = _FIELD.sub(lambda m: f"`{names.get(m[1], m[1])}`", self._marked)
+        return self._said(message, names.get(self.field, self.field))
 
     def within(self, what: str) -> SpftError:
         """The same error with what it happened to put before its message."""
-        return SpftError(f"{what}: {self._marked}")
+        return self._said(f"{what}: {self._marked}", self.field)
+
+    def _said(self, message: str, field: str) -> SpftError:
+        return SpftError(message, field=field, seen=self.seen, allowed=self.allowed, mend=self.mend)
 
 
 def show_mistake(error: SpftError) -> None:

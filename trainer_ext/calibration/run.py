@@ -37,7 +37,7 @@ def measure_importance(
     batches: Iterable[Batch] = (),
     adapter_name: str = "default",
     on_batch: Callable[[], None] = lambda: None,
-    loss: Loss = lambda model, batch: model(**batch).loss,
+    loss: Loss | None = None,
 ) -> ImportanceScores:
     """Score every neuron of the adapter's layers by the metric of its configuration.
 
@@ -50,7 +50,7 @@ def measure_importance(
             For quantile_mean, dicts have the rows' class ids under `CLASS_KEY`, which the model
             never gets to see.
         on_batch: called after each batch of each pass.
-        loss: loss of the model on a dict.
+        loss: loss of the model on a dict; default `model(**batch).loss`.
 
     Raises:
         SpftError: the metric needs data and there was none.
@@ -172,7 +172,7 @@ def load_scores(
 def select_neurons(
     model: nn.Module,
     batches: Iterable[Batch] = (),
-    loss: Loss = lambda model, batch: model(**batch).loss,
+    loss: Loss | None = None,
     adapter_name: str = "default",
 ) -> NeuronSelection:
     """Select an adapter's neurons in one call, for training loops of your own.
@@ -197,11 +197,11 @@ def select_neurons(
     return select_by_scores(model, scores, adapter_name)
 
 
-def _as_calibration_batch(batch: Batch, model: nn.Module, loss: Loss) -> CalibrationBatch:
+def _as_calibration_batch(batch: Batch, model: nn.Module, loss: Loss | None) -> CalibrationBatch:
     if isinstance(batch, Mapping):
 
         def run(backward: bool) -> torch.Tensor:
-            value = loss(model, dict(batch))
+            value = model(**batch).loss if loss is None else loss(model, dict(batch))
             if backward:
                 value.backward()
             return value.detach()

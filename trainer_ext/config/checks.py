@@ -100,4 +100,7 @@ def check_pattern(key: str, value: object) -> None:
 def check_choice(key: str, value: object, allowed) -> None:
     """Refuse a value that is not among `allowed`."""
     if value not in tuple(allowed):
-        raise SpftError(f"`{key}` is {value!r}; allowed: {', '.join(allowed)}")
+        words = ", ".join(allowed)
+        raise SpftError(
+            f"`{key}` is {value!r}; allowed: {words}", field=key, seen=value, allowed=words
+        )

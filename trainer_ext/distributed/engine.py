@@ -1,7 +1,7 @@
 """What SPFT asks of an engine: each file in `engines` answers for one of them.
 
-Only these files know of DeepSpeed, FSDP or DDP. An engine is asked in two ways: as the object of a
-running trainer, and by a parameter, of which it may hold a part on each process.
+Nothing outside of them asks which engine runs. An engine is asked in two ways: as the object of a
+running trainer, and by a parameter, of which it may hold a part on each process (`Sharding`).
 """
 
 from __future__ import annotations

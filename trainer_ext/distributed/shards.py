@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from math import prod
 
 import torch
 
 from .processes import any_process, process_rank, sum_over_processes, world_size
+
+_SHARDINGS: dict[str, Sharding] = {}  # those of the files in `engines`
 
 
 class Sharding:
@@ -24,6 +25,10 @@ class Sharding:
     """
 
     kind: str
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        _SHARDINGS[cls.kind] = cls()
 
     def holds(self, parameter: torch.Tensor) -> bool:
         """Whether a parameter is held so."""
@@ -59,14 +64,7 @@ class Sharding:
 
 def sharding_of(parameter: torch.Tensor) -> Sharding | None:
     """How a parameter is sharded; None where this process holds it whole."""
-    return next((s for s in _shardings().values() if s.holds(parameter)), None)
-
-
-@cache
-def _shardings() -> dict[str, Sharding]:
-    from . import engines  # noqa: F401 (each has its own)
-
-    return {kind.kind: kind() for kind in Sharding.__subclasses__()}
+    return next((s for s in _SHARDINGS.values() if s.holds(parameter)), None)
 
 
 def range_of_block(block: int, numel: int, rank: int) -> tuple[int, int]:
@@ -201,7 +199,7 @@ def local_shard(weight: torch.Tensor, layout: ShardLayout) -> torch.Tensor:
     start, stop = layout.local_range(process_rank())
     if layout.kind == "replicated":
         return weight.detach().reshape(-1)[start:stop]
-    return _shardings()[layout.kind].local(weight)[: stop - start]
+    return _SHARDINGS[layout.kind].local(weight)[: stop - start]
 
 
 def is_sharded(parameter: torch.Tensor) -> bool:
@@ -272,7 +270,7 @@ def write_neurons(
     local = local_shard(weight, layout)
     here, there = layout.selected_mask(index.to(local.device), process_rank())
     local[here] = rows.to(local).flatten()[there]
-    whole = _shardings()[layout.kind].whole_copy(weight)
+    whole = _SHARDINGS[layout.kind].whole_copy(weight)
     if whole is not None:
         write_whole_neurons(whole, layout.neurons_are_columns, index, rows)
 

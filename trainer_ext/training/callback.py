@@ -18,9 +18,7 @@ from ..calibration.fingerprints import DataFingerprint
 from ..calibration.run import load_scores, measure_importance, select_by_scores
 from ..config.registry import METRICS
 from ..config.spft_config import SpftConfig
-from ..distributed.engine import (
-    bare_model,
-)
+from ..distributed.engine import bare_model
 from ..distributed.engines import engine_of, release_gathered_weights
 from ..errors import SpftError, in_plain_words
 from ..importance.class_column import calibrates_by_class, hide_classes
@@ -65,7 +63,7 @@ class SpftCallback(TrainerCallback):
                 FutureWarning,
                 stacklevel=2,
             )
-            give_methods(trainer)
+        give_methods(trainer)
         self.trainer = trainer
         self.scores: ImportanceScores | None = None
         self._step_seconds: list[float] = []
@@ -73,6 +71,12 @@ class SpftCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         model, adapter_name = self._prepared_model()
+        if self.trainer.reference_is_too_early:
+            raise SpftError(
+                "precompute_ref_log_probs is set, but over a quantised base the reference has the "
+                "original rows of neurons that were not selected yet; drop it, or set `quant_init` "
+                "to 'none'"
+            )
         if not any(d.held_weight.requires_grad for d in deltas(model, adapter_name).values()):
             raise SpftError(
                 f"adapter {adapter_name!r} is frozen, as PeftModel.from_pretrained loads it; give "
@@ -159,6 +163,8 @@ class SpftCallback(TrainerCallback):
         adapter_name = active_spft_adapter(model)
         if calibrates_by_class(model.peft_config[adapter_name]):
             hide_classes(model)  # model_init may have made another model
+            if self.trainer.class_mistake and not is_selected(model, adapter_name):
+                raise self.trainer.class_mistake
         return model, adapter_name
 
     def _calibrate(self, model, adapter_name: str, config: SpftConfig) -> ImportanceScores:

@@ -19,23 +19,16 @@ class TrainerMethods(SelectedNeuronOptimizerMixin, CheckpointMixin):
     Attributes:
         run_guard: ends the run where a process dies, hangs or differs.
         reference_is_too_early: TRL has computed a reference before its neurons were selected.
+        class_mistake: why the rows of the data have no classes; a run that selects by them ends by
+            it, one that resumes does not need them.
     """
 
-    run_guard: RunGuard
-    reference_is_too_early: bool
+    run_guard: RunGuard | None = None
+    reference_is_too_early = False
+    class_mistake: SpftError | None = None
 
     def train(self, *args, **kwargs):
-        """As the trainer's.
-
-        Raises:
-            SpftError: the model, the data or the checkpoint do not allow it.
-        """
-        if self.reference_is_too_early:
-            raise SpftError(
-                "precompute_ref_log_probs is set, but over a quantised base the reference has the "
-                "original rows of neurons that were not selected yet; drop it, or set `quant_init` "
-                "to 'none'"
-            )
+        """As the trainer's."""
         try:
             adapter_name = active_spft_adapter(self.model)
         except SpftError:
@@ -45,7 +38,10 @@ class TrainerMethods(SelectedNeuronOptimizerMixin, CheckpointMixin):
             config = self.model.peft_config[adapter_name]
             if calibrates_by_class(config) and not is_selected(self.model, adapter_name):
                 hide_classes(self.model)
-                add_class_column(self, config.class_field)
+                try:  # before the data loader is made
+                    add_class_column(self, config.class_field)
+                except SpftError as error:
+                    self.class_mistake = error
         return super().train(*args, **kwargs)
 
 
@@ -53,8 +49,16 @@ def give_methods(trainer: Trainer, methods: type[TrainerMethods] = TrainerMethod
     """Let one trainer have these methods, by a class of its own that is made from its class."""
     if not isinstance(trainer, TrainerMethods):
         kind = type(trainer)
-        trainer.__class__ = type(kind.__name__, (methods, kind), {"__module__": __name__})
-    if not hasattr(trainer, "run_guard"):
+        # Methods that others have put into the trainer itself would stand before ours.
+        put_in = [
+            n for n, value in vars(trainer).items() if callable(value) and hasattr(methods, n)
+        ]
+        theirs = {name: staticmethod(vars(trainer).pop(name)) for name in put_in}
+        names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+        if theirs:
+            kind = type(kind.__name__, (kind,), {**theirs, **names})
+        trainer.__class__ = type(kind.__name__, (methods, kind), names)
+    if trainer.run_guard is None:
         trainer.run_guard = RunGuard(trainer)
         trainer.add_callback(trainer.run_guard)
         trainer.reference_is_too_early = _reference_is_too_early(trainer)

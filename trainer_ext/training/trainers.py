@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -34,8 +35,12 @@ def prepare_trainer(
         methods: what is added to the trainer's own methods.
 
     Returns:
-        the callback, which has the scores after training has begun.
+        the callback, which has the scores after training has begun; of a trainer that has been
+        prepared, the one that it has.
     """
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, SpftCallback):
+            return callback
     give_methods(trainer, methods)
     callback = make_callback(trainer)
     trainer.add_callback(callback)
@@ -66,6 +71,7 @@ class SpftTrainerMixin(TrainerMethods):
             wraps = _takes_peft_config(type(self))
             _check_spft_config(spft_config, model, wraps, kw)
             if spft_config.task_type is None:
+                spft_config = copy.copy(spft_config)
                 spft_config.task_type = default_task_type(model) or self._task_type
             if wraps:
                 kw["peft_config"] = spft_config

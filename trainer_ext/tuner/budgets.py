@@ -57,8 +57,15 @@ def settle_budgets(model: nn.Module, config) -> None:
 
 
 def _warn_of_whole_layers(model: nn.Module, config) -> None:
+    """Once, for a fresh adapter: a loaded one has said so, and so has the original of a copy."""
+    if config.r is None or config.anchor is not None or config.allocation != "uniform":
+        return
     shapes = targeted_shapes(model, config)
-    small = [name for name, (_, d_out) in shapes.items() if (config.r or 0) > d_out]
+    small = [
+        name
+        for name, (_, d_out) in shapes.items()
+        if config.r > d_out and config.pattern_of(name) is None
+    ]
     if small:
         logger.warning(
             "r is %d, and %d of %d targeted layers have fewer neurons, first %s: all of theirs are "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -28,6 +29,8 @@ from .targets import (
 )
 from .write_through import begin, end, note_lone_weights, rewrite
 
+logger = logging.getLogger(__name__)
+
 
 class SpftModel(BaseTuner):
     """PEFT tuner of structured-pruning-based sparse fine-tuning (arXiv 2502.11439).
@@ -48,8 +51,8 @@ class SpftModel(BaseTuner):
             peft_config.target_modules = default_target_modules(self.model, peft_config)
         refuse_no_target(self.model, peft_config)
         warn_of_untrained(self.model, peft_config)
-        settle_anchor(peft_config, targeted_layers(self.model, peft_config).values())
         settle_budgets(self.model, peft_config)
+        settle_anchor(peft_config, targeted_layers(self.model, peft_config).values())
         return peft_config
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args, **kwargs) -> None:
@@ -61,6 +64,8 @@ class SpftModel(BaseTuner):
         given = self.peft_config[adapter_name]
         others = (name for name in self.peft_config if name != adapter_name)
         copied = next((name for name in others if self.peft_config[name] is given), None)
+        if given.modules_to_save is None and given.task_type in ("TOKEN_CLS", "QUESTION_ANS"):
+            given.modules_to_save = []  # PEFT adds the model's head to this list later
         config = self.peft_config[adapter_name] = copy.copy(given)
         config.copy_of = copied
         is_fresh = config.anchor is None
@@ -73,6 +78,19 @@ class SpftModel(BaseTuner):
         note_lone_weights(model, layers.values())
         if is_fresh:
             prepare_anchors(model, config, layers, adapter_name)
+        if copied is not None and is_selected(model, adapter_name):
+            logger.warning(
+                "adapter %r has the configuration of %r and starts with its neurons; give it one "
+                "of its own to select anew",
+                adapter_name,
+                copied,
+            )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        for config in self.peft_config.values():
+            if config.copy_of == adapter_name:
+                config.copy_of = None
 
     def _unload_and_optionally_merge(self, *args, **kwargs) -> nn.Module:
         restore_base(self.model)

@@ -120,7 +120,7 @@ def holds_update(layer, adapter_name: str, delta) -> bool:
         # could not be followed.
         if not (layer.trains(delta) and getattr(delta.held_weight, _STEPPED, False)):
             return False
-    elif written.adapter != adapter_name or not getattr(layer.base_weight, _ALONE, False):
+    elif written.adapter != adapter_name or not _is_whole(layer.base_weight):
         return False
     elif written.seen == _state_of(delta):
         return True

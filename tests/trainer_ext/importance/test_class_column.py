@@ -258,6 +258,28 @@ def test_resuming_is_bit_exact(tmp_path):
         assert torch.equal(a, b), name
 
 
+def test_resuming_needs_no_classes(tmp_path):
+    """Its neurons are selected; a mistake in the column ends only a run that selects."""
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trained(tmp_path / "whole", labelled("dataset"), **options)
+    bare = dataset()
+    for resume in (True, False):
+        run = SpftTrainer(
+            tiny_model(),
+            arguments(tmp_path / ("whole" if resume else "new"), **options),
+            train_dataset=bare,
+            data_collator=default_data_collator,
+            spft_config=SpftConfig(**CONFIG),
+            eval_dataset=bare[:4],
+        )
+        if resume:
+            run.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+            assert run.state.global_step == 4
+        else:
+            with pytest.raises(SpftError, match="has no such column"):
+                run.train()
+
+
 def test_collator_is_wrapped_once_and_can_be_pickled(tmp_path):
     trainer = trained(tmp_path, labelled("list"))
     collator = trainer.data_collator

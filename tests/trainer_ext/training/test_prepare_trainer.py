@@ -3,6 +3,8 @@ then trains what SpftTrainer trains, bit for bit. The callback by hand does the 
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from adapters import wrapped
@@ -70,3 +72,21 @@ def test_the_callback_by_hand_does_the_same_and_warns(tmp_path):
         trainer.train()
     for name, delta in deltas(run.model).items():
         assert torch.equal(delta.weight, deltas(old.model)[name].weight), name
+
+
+def test_a_trainer_is_prepared_once(tmp_path):
+    run = foreign(tmp_path)
+    callback = prepare_trainer(run)
+    assert prepare_trainer(run) is callback
+    run.train()
+    assert json.loads((tmp_path / "spft_report.json").read_text())["calibration"] is not None
+
+
+def test_methods_that_others_put_into_the_trainer_itself_are_called_within_ours(tmp_path):
+    run, saved = foreign(tmp_path, save_strategy="steps", save_steps=2), []
+    own = run._save_checkpoint
+    run._save_checkpoint = lambda *args, **kwargs: saved.append(own(*args, **kwargs))
+    prepare_trainer(run)
+    run.train()
+    assert len(saved) == 2
+    assert (tmp_path / "checkpoint-4" / "spft_checkpoint.json").is_file()

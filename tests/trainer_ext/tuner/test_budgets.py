@@ -102,7 +102,7 @@ def test_training_with_the_trainer(case, tmp_path):
         tiny_model(case[0]), arguments, train_dataset=dataset(16), spft_config=config
     )
     trainer.train()
-    assert counts(trainer.model) == config.allocated
+    assert counts(trainer.model) == trainer.model.peft_config["default"].allocated
     assert all(bool(d.weight.any()) for d in deltas(trainer.model).values())
 
 
@@ -144,8 +144,9 @@ def test_a_second_adapter_has_a_budget_of_its_own(case):
     )
     model.add_adapter("second", config)
     assert set(counts(model).values()) == {4}
-    assert counts(model, "second") == config.allocated
-    assert set(config.allocated) == set(counts(model))
+    allocated = model.peft_config["second"].allocated
+    assert counts(model, "second") == allocated
+    assert set(allocated) == set(counts(model))
 
 
 def test_names_are_those_of_the_base_model_also_in_a_compiled_one(case):
@@ -155,7 +156,8 @@ def test_names_are_those_of_the_base_model_also_in_a_compiled_one(case):
     blocks[0] = torch.compile(blocks[0], backend="eager")
     config = SpftConfig(r=4, allocation="global", importance_file=str(path))
     model = get_peft_model(base, config)
-    assert config.allocated == counts(model) == counts(spread(case))
+    allocated = model.peft_config["default"].allocated
+    assert allocated == counts(model) == counts(spread(case))
 
 
 def test_a_file_for_other_targets_is_refused_and_nothing_is_filled_in(case):

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from written import base_weights, gradients, is_base, logits, originals, step_once, training
 
 from trainer_ext import restore_base, write_through, writing_through
-from trainer_ext.tuner import write_through as written_rows
+from trainer_ext.tuner import write_through as written
 from trainer_ext.tuner.model import deltas, spft_layers
 
 
@@ -90,7 +90,7 @@ def fault_in_step(model, optimizer, folder):
 
 def fault_in_rewriting(model, optimizer, folder):
     model(**batch()).loss.backward()
-    put, calls = written_rows._put, []
+    put, calls = written._put, []
 
     def fails_once_between(layer, index, rows):
         calls.append(layer)
@@ -98,11 +98,11 @@ def fault_in_rewriting(model, optimizer, folder):
             raise Fault
         put(layer, index, rows)
 
-    written_rows._put = fails_once_between
+    written._put = fails_once_between
     try:
         optimizer.step()
     finally:
-        written_rows._put = put
+        written._put = put
 
 
 def fault_in_reference(model, optimizer, folder):

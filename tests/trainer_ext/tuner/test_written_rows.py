@@ -28,7 +28,7 @@ from trainer_ext import (
     trained_parameters,
     write_through,
 )
-from trainer_ext.tuner import write_through as written_rows
+from trainer_ext.tuner import write_through as written
 from trainer_ext.tuner.model import deltas, spft_layers
 
 
@@ -36,7 +36,7 @@ from trainer_ext.tuner.model import deltas, spft_layers
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_rows_rewritten_together_are_each_the_rounded_sum(monkeypatch, architecture, limit):
     """Also where the weights of one model are of two dtypes, as beside a layer kept in fp32."""
-    monkeypatch.setattr(written_rows, "_BUCKET_ELEMENTS", {"cpu": limit})
+    monkeypatch.setattr(written, "_BUCKET_ELEMENTS", {"cpu": limit})
     base = tiny_model(architecture)
     for name, module in base.named_modules():
         if name.endswith(("v_proj", "down_proj", "c_proj")):
@@ -47,7 +47,7 @@ def test_rows_rewritten_together_are_each_the_rounded_sum(monkeypatch, architect
     layers = spft_layers(model)
     before = {name: layer.rows(layer.spft_delta["default"].index) for name, layer in layers.items()}
     assert {rows.dtype for rows in before.values()} == {torch.float32, torch.bfloat16}
-    buckets = list(written_rows._buckets(layers.values())) if write_through(model) else []
+    buckets = list(written._buckets(layers.values())) if write_through(model) else []
     assert (len(buckets) == len(layers)) == (limit == 0)
     assert (len(buckets) == 1) == (limit == 2**24)
     for name, layer in layers.items():

@@ -10,6 +10,8 @@ from transformers import Trainer
 
 from ...errors import SpftError
 from ..engine import Engine
+from ..processes import world_size
+from .ddp import DDP
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -29,7 +31,8 @@ def engine_of(trainer: Trainer) -> Engine:
             "(accelerate launch --multi_gpu), or show one GPU by CUDA_VISIBLE_DEVICES"
         )
     found = (kind.of(trainer) for kind in ENGINES)
-    return next((engine for engine in found if engine is not None), None) or Engine()
+    engine = next((engine for engine in found if engine is not None), None)
+    return engine or (DDP() if world_size() > 1 else Engine())
 
 
 def release_gathered_weights(model: nn.Module, wrapped: nn.Module | None = None) -> None:

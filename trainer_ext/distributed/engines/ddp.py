@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from torch.nn.parallel import DistributedDataParallel
 
 from ..engine import Engine
-from ..processes import world_size
 
 
 class DDP(Engine):
@@ -17,8 +16,7 @@ class DDP(Engine):
 
     @classmethod
     def of(cls, trainer):
-        others = trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled
-        return cls() if world_size() > 1 and not others else None
+        return None  # it is what several processes run under where no other engine says it is it
 
     def wants_reentrant(self, trainer, reentrant):
         # The search for unused parameters does not go with the reentrant variant.
