@@ -1,4 +1,5 @@
-"""What Axolotl's runs in one process need but once: imports, and pydantic classes of its keys."""
+"""What Axolotl's runs in one process need but once: imports, and pydantic classes of its keys. And
+what they need no process for: saving the tokenised data."""
 
 from __future__ import annotations
 
@@ -11,6 +12,19 @@ def import_once() -> None:
     import axolotl.train  # noqa: F401
 
     _merge_schemas_once()
+    save_data_in_this_process()
+
+
+def save_data_in_this_process() -> None:
+    """`datasets` starts a process from nothing wherever it is given a number of them, even one."""
+    from datasets import Dataset
+
+    save = Dataset.save_to_disk
+
+    def save_here(self, *args, num_proc=None, **kwargs):
+        return save(self, *args, num_proc=None if num_proc == 1 else num_proc, **kwargs)
+
+    Dataset.save_to_disk = save_here
 
 
 def _merge_schemas_once() -> None:

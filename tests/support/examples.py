@@ -39,7 +39,7 @@ def tiny(example: dict, assets: Assets) -> dict:
         **example,
         "base_model": str(_model(example, assets, bf16)),
         "datasets": [_here(source, rows) for source in example["datasets"]],
-        # one for all: saving it starts a process from nothing
+        # one for all
         "dataset_prepared_path": str(assets.model.parent / "prepared"),
         "sequence_len": 96,
         "micro_batch_size": 1,

@@ -131,6 +131,9 @@ def serve() -> None:
         import axolotl.cli.train
         import axolotl.core.builders  # what every training would import
         import axolotl.train  # noqa: F401
+        from axolotl_once import save_data_in_this_process
+
+        save_data_in_this_process()
     if sys.argv[1] == "trl":
         from trl import DPOTrainer  # noqa: F401
     torch.set_num_threads(1)
