@@ -14,6 +14,7 @@ from ..errors import SpftError
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _CHUNK = 2**16  # elements whose int64 copies exist at a time
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64  # 2^64 over the golden ratio: odd, so it loses no bit
 _NAMED = 4  # ranks that a message names one by one
 Fact = str | int | float | bool | None
 
@@ -83,10 +84,11 @@ def check_same_values(tensors: Mapping[str, torch.Tensor], step: int) -> None:
 
 @torch.no_grad()
 def checksums(tensors: Iterable[torch.Tensor]) -> list[int]:
-    """A number for the bits of each tensor; any single change changes it, and so does any swap.
+    """A number for the bits of each tensor: any single change changes it, and a swap does but for
+    one in about 2^30.
 
-    It is the sum of an element's bits times its odd position, modulo 2^64: the same on every
-    device. One transfer for all tensors.
+    It is the sum over the elements of their mixed bits times their odd position, modulo 2^64: the
+    same on every device. One transfer for all tensors.
     """
     sums = [_bit_sum(tensor.detach()) for tensor in tensors]
     return torch.stack([s.to(sums[0].device) for s in sums]).tolist() if sums else []
@@ -111,10 +113,20 @@ def _bit_sum(tensor: torch.Tensor) -> torch.Tensor:
     buffer = torch.empty_like(odd)
     for start in range(0, bits.numel(), _CHUNK):
         part = bits[start : start + _CHUNK]
-        wide = buffer[: part.numel()].copy_(part)
+        wide = _mixed_(buffer[: part.numel()].copy_(part))
         total += 2 * start * wide.sum()
         total += wide.mul_(odd[: part.numel()]).sum()
     return total
+
+
+def _mixed_(bits: torch.Tensor) -> torch.Tensor:
+    """Spread the bits of int64 numbers over all of theirs, in place; no two come to the same.
+
+    Without it, numbers that differ in their highest bits alone, as powers of 2 do, could be swapped
+    without a trace.
+    """
+    bits.mul_(_GOLDEN)
+    return bits.bitwise_xor_(bits.bitwise_right_shift(32).bitwise_and_(2**32 - 1)).mul_(_GOLDEN)
 
 
 def _value(row: Mapping[str, Fact], name: str) -> str:
