@@ -6,6 +6,7 @@ how much of the selection is the model's and how much is the sample's.
 
 from __future__ import annotations
 
+import functools
 import math
 import statistics
 from dataclasses import dataclass
@@ -129,6 +130,7 @@ def _batches_wanted(
     return None if middle == 1.0 or math.isinf(middle) else math.ceil(middle * batches)
 
 
+@functools.cache
 def _correlation_of(overlap: float, share: float) -> float:
     """The correlation whose expected overlap is `overlap`, by bisection; 0 for chance or less."""
     low, high = 0.0, 1 - 1e-9
