@@ -32,21 +32,14 @@ logger = logging.getLogger(__name__)
 
 def package_versions() -> dict[str, str]:
     """Versions of Python and of the packages that a run stands on."""
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    found = {package: _version_of(package) for package in _PACKAGES}
+    versions = {package: version for package, version in found.items() if version is not None}
+    return {"python": platform.python_version(), **versions}
 
 
 def installed_version() -> str:
     """This package's version; "0" where it is imported from its sources without being installed."""
-    try:
-        return importlib.metadata.version(DISTRIBUTION)
-    except importlib.metadata.PackageNotFoundError:
-        return "0"
+    return _version_of(DISTRIBUTION) or "0"
 
 
 def check_versions(extra: str | None = None) -> None:
@@ -127,7 +120,15 @@ def _requirements(extra: str | None) -> list[Requirement]:
 
 def _installed(name: str) -> Version | None:
     """None where a library is not installed, or has a version of its own kind."""
+    version = _version_of(name)
     try:
-        return Version(importlib.metadata.version(name))
-    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+        return None if version is None else Version(version)
+    except InvalidVersion:
+        return None
+
+
+def _version_of(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
         return None

@@ -70,8 +70,8 @@ class CheckpointMixin:
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         self._spft_state = None
-        divided = self._divides_state
         engine = engine_of(self)
+        divided = engine.divides_state
         # every process selects or reads by itself which neurons are selected
         with engine.leave_buffers_alone(self.model, selection_buffers(self.model)):
             prepared = super()._prepare_for_training(

@@ -29,10 +29,11 @@ def settle_budgets(model: nn.Module, config) -> None:
         SpftError: a pattern matches no targeted layer, or the scores are not those of exactly the
             targeted layers, or not finite.
     """
-    _warn_of_whole_layers(model, config)
-    if config.allocation == "uniform" and not any(getattr(config, key) for key in PATTERNS):
+    patterned = any(getattr(config, key) for key in PATTERNS)
+    if config.r is None and config.allocation == "uniform" and not patterned:
         return
     shapes = targeted_shapes(model, config)
+    _warn_of_whole_layers(config, shapes)
     _refuse_idle_pattern(config, shapes)
     if config.allocation == "uniform" or config.allocated is not None:
         return
@@ -56,11 +57,10 @@ def settle_budgets(model: nn.Module, config) -> None:
     )
 
 
-def _warn_of_whole_layers(model: nn.Module, config) -> None:
+def _warn_of_whole_layers(config, shapes: dict[str, tuple[int, int]]) -> None:
     """Once, for a fresh adapter: a loaded one has said so, and so has the original of a copy."""
     if config.r is None or config.anchor is not None or config.allocation != "uniform":
         return
-    shapes = targeted_shapes(model, config)
     small = [
         name
         for name, (_, d_out) in shapes.items()
